@@ -1,0 +1,464 @@
+//! The root FDT of Kexec Handover, compatible `kho-v4` (facts 4.2).
+//!
+//! One page holds a flattened device tree of version 17: the root node names the tree of preserved memory
+//! ([`crate::radix`]); each child is a *subtree*, a named blob. The container is big-endian as every
+//! device tree, but the payloads are native (little-endian) integers.
+//!
+//! The kernel makes a fresh tree with libfdt's sequential writer and adds to it with the read-write
+//! functions; the two lay a tree out differently, and what is added later stands in front. [`RootFdt::encode`]
+//! gives the same bytes. [`RootFdt::read`] goes by names and accepts any order.
+
+use alloc::vec::Vec;
+
+use pages::PAGE_BYTES;
+use thiserror::Error;
+
+use crate::memory::Malformed;
+use crate::memory::Memory;
+use crate::memory::Place;
+use crate::memory::Problem;
+use crate::text::Text;
+
+/// The compatible string that is written and accepted.
+pub const COMPATIBLE: &str = "kho-v4";
+
+const COMPATIBLE_NAME: &str = "compatible";
+const MAP_NAME: &str = "preserved-memory-map";
+const DATA_NAME: &str = "preserved-data";
+const SIZE_NAME: &str = "blob-size";
+
+/// Name of a subtree: 1 to 31 bytes, the length that the device tree specification gives node names.
+pub type SubtreeName = Text<32>;
+
+/// A named blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subtree {
+    /// Its node's name.
+    pub name: SubtreeName,
+    /// Physical address of the blob.
+    pub data: u64,
+    /// Bytes of the blob.
+    pub size: u64,
+}
+
+/// What the root FDT says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootFdt {
+    /// Physical address of the root node of the tree of preserved memory; never 0.
+    pub map: u64,
+    /// The subtrees, the first added first.
+    pub subtrees: Vec<Subtree>,
+}
+
+/// The tree does not fit its page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("a root FDT with {subtrees} subtrees does not fit one page")]
+pub struct TooManySubtrees {
+    /// How many there are.
+    pub subtrees: usize,
+}
+
+mod fdt {
+    pub(super) const MAGIC: u32 = 0xd00d_feed;
+    pub(super) const VERSION: u32 = 17;
+    pub(super) const LAST_COMPATIBLE_VERSION: u32 = 16;
+    pub(super) const BEGIN_NODE: u32 = 1;
+    pub(super) const END_NODE: u32 = 2;
+    pub(super) const PROP: u32 = 3;
+    pub(super) const NOP: u32 = 4;
+    pub(super) const END: u32 = 9;
+    pub(super) const HEADER_BYTES: usize = 40;
+    /// The sequential writer aligns the header to a reserve entry.
+    pub(super) const FRESH_RESERVE_MAP: usize = 48;
+    pub(super) const RESERVE_ENTRY_BYTES: usize = 16;
+}
+
+/// Grows the structure block and the strings block of a device tree.
+#[derive(Default)]
+struct Writer {
+    structure: Vec<u8>,
+    strings: Vec<u8>,
+}
+
+impl Writer {
+    fn cell(&mut self, value: usize) {
+        let cell = u32::try_from(value).unwrap_or(u32::MAX);
+        self.structure.extend_from_slice(&cell.to_be_bytes());
+    }
+
+    fn token(&mut self, token: u32) {
+        self.structure.extend_from_slice(&token.to_be_bytes());
+    }
+
+    fn padded(&mut self, bytes: &[u8]) {
+        self.structure.extend_from_slice(bytes);
+        self.structure.resize(self.structure.len().next_multiple_of(4), 0);
+    }
+
+    fn begin_node(&mut self, name: &[u8]) {
+        self.token(fdt::BEGIN_NODE);
+        self.structure.extend_from_slice(name);
+        self.padded(&[0]);
+    }
+
+    /// Offset of `name` in the strings block, where it is added if it is not there yet.
+    fn string(&mut self, name: &str) -> usize {
+        let found = self.strings.split(|byte| *byte == 0).scan(0, |offset, text| {
+            let at = *offset;
+            *offset += text.len() + 1;
+            Some((at, text))
+        });
+        if let Some((at, _)) =
+            found.into_iter().find(|(_, text)| !text.is_empty() && *text == name.as_bytes())
+        {
+            return at;
+        }
+        let at = self.strings.len();
+        self.strings.extend_from_slice(name.as_bytes());
+        self.strings.push(0);
+        at
+    }
+
+    fn property(&mut self, name: &str, value: &[u8]) {
+        let name = self.string(name);
+        self.token(fdt::PROP);
+        self.cell(value.len());
+        self.cell(name);
+        self.padded(value);
+    }
+
+    fn finish(mut self, reserve_map: usize) -> Vec<u8> {
+        self.token(fdt::END);
+        let structure = reserve_map + fdt::RESERVE_ENTRY_BYTES;
+        let strings = structure + self.structure.len();
+        let total = strings + self.strings.len();
+        let mut page = Writer::default();
+        page.token(fdt::MAGIC);
+        page.cell(total);
+        page.cell(structure);
+        page.cell(strings);
+        page.cell(reserve_map);
+        page.token(fdt::VERSION);
+        page.token(fdt::LAST_COMPATIBLE_VERSION);
+        page.token(0);
+        page.cell(self.strings.len());
+        page.cell(self.structure.len());
+        let mut bytes = page.structure;
+        bytes.resize(structure, 0);
+        bytes.append(&mut self.structure);
+        bytes.append(&mut self.strings);
+        bytes
+    }
+}
+
+impl RootFdt {
+    /// The tree's bytes, at most a page, as the kernel would have built it.
+    ///
+    /// # Errors
+    /// [`TooManySubtrees`] if they are more than a page.
+    pub fn encode(&self) -> Result<Vec<u8>, TooManySubtrees> {
+        let mut writer = Writer::default();
+        // The order in which the kernel first names them. It names the last two with the first subtree.
+        writer.string(MAP_NAME);
+        writer.string(COMPATIBLE_NAME);
+        if !self.subtrees.is_empty() {
+            writer.string(DATA_NAME);
+            writer.string(SIZE_NAME);
+        }
+        writer.begin_node(b"");
+        writer.property(COMPATIBLE_NAME, b"kho-v4\0");
+        writer.property(MAP_NAME, &self.map.to_le_bytes());
+        for subtree in self.subtrees.iter().rev() {
+            writer.begin_node(subtree.name.bytes());
+            writer.property(SIZE_NAME, &subtree.size.to_le_bytes());
+            writer.property(DATA_NAME, &subtree.data.to_le_bytes());
+            writer.token(fdt::END_NODE);
+        }
+        writer.token(fdt::END_NODE);
+        let reserve_map = if self.subtrees.is_empty() { fdt::FRESH_RESERVE_MAP } else { fdt::HEADER_BYTES };
+        let bytes = writer.finish(reserve_map);
+        if bytes.len() > PAGE_BYTES {
+            return Err(TooManySubtrees { subtrees: self.subtrees.len() });
+        }
+        Ok(bytes)
+    }
+
+    /// Reads the tree in the page at `address`.
+    ///
+    /// # Errors
+    /// [`Malformed`] if it is no device tree, another format's, or misses what it must say.
+    pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
+        let place = Place::new(COMPATIBLE, address);
+        place.page_address("fdt", address)?;
+        let mut page = [0; PAGE_BYTES];
+        memory.read(address, &mut page).map_err(|none| place.bad("fdt", Problem::Unreadable(none)))?;
+        Reader::new(place, &page)?.root()
+    }
+
+    /// The subtree of this name.
+    pub fn subtree(&self, name: &SubtreeName) -> Option<&Subtree> {
+        self.subtrees.iter().find(|subtree| subtree.name == *name)
+    }
+}
+
+/// Walks a structure block.
+struct Reader<'a> {
+    place: Place,
+    structure: &'a [u8],
+    strings: &'a [u8],
+}
+
+enum Token<'a> {
+    Begin(&'a [u8]),
+    Property(&'a [u8], &'a [u8]),
+    EndNode,
+    End,
+}
+
+impl<'a> Reader<'a> {
+    fn new(place: Place, page: &'a [u8]) -> Result<Self, Malformed> {
+        let field = |index: usize, name| {
+            read_cell(page, index * 4)
+                .ok_or_else(|| place.bad(name, Problem::Truncated))
+                .map(|(cell, _)| cell)
+        };
+        place.expect("magic", field(0, "magic")?.into(), fdt::MAGIC.into())?;
+        let last_compatible = field(6, "last_comp_version")?;
+        if last_compatible > fdt::VERSION {
+            return Err(place.bad("last_comp_version", Problem::Unknown { found: last_compatible.into() }));
+        }
+        let block = |offset: usize, size: usize, name| {
+            let offset = usize::try_from(field(offset, name)?).unwrap_or(usize::MAX);
+            let size = usize::try_from(field(size, name)?).unwrap_or(usize::MAX);
+            let rest = page.get(offset..).and_then(|rest| rest.get(..size));
+            rest.ok_or_else(|| place.bad(name, Problem::Truncated))
+        };
+        Ok(Self { place, structure: block(2, 9, "structure block")?, strings: block(3, 8, "strings block")? })
+    }
+
+    fn bad(&self, what: &'static str) -> Malformed {
+        self.place.bad("structure block", Problem::Structure(what))
+    }
+
+    fn next(&mut self) -> Result<Token<'a>, Malformed> {
+        loop {
+            let (token, rest) = read_cell(self.structure, 0).ok_or_else(|| self.bad("ends without END"))?;
+            self.structure = rest;
+            match token {
+                fdt::NOP => {}
+                fdt::BEGIN_NODE => {
+                    let name =
+                        self.text(self.structure).ok_or_else(|| self.bad("has a node without a name"))?;
+                    self.skip(name.len() + 1)?;
+                    return Ok(Token::Begin(name));
+                }
+                fdt::PROP => return self.property(),
+                fdt::END_NODE => return Ok(Token::EndNode),
+                fdt::END => return Ok(Token::End),
+                _ => return Err(self.place.bad("token", Problem::Unknown { found: token.into() })),
+            }
+        }
+    }
+
+    fn property(&mut self) -> Result<Token<'a>, Malformed> {
+        let cut = |what: &Self| what.bad("ends inside a property");
+        let (len, rest) = read_cell(self.structure, 0).ok_or_else(|| cut(self))?;
+        let (name, rest) = read_cell(rest, 0).ok_or_else(|| cut(self))?;
+        self.structure = rest;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let value = rest.get(..len).ok_or_else(|| cut(self))?;
+        self.skip(len)?;
+        let name = usize::try_from(name).ok().and_then(|name| self.strings.get(name..));
+        let name = name.and_then(|name| self.text(name));
+        let name = name.ok_or_else(|| self.place.bad("strings block", Problem::Truncated))?;
+        Ok(Token::Property(name, value))
+    }
+
+    fn text(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        bytes.iter().position(|byte| *byte == 0).and_then(|len| bytes.get(..len))
+    }
+
+    fn skip(&mut self, len: usize) -> Result<(), Malformed> {
+        let padded = len.next_multiple_of(4);
+        self.structure = self.structure.get(padded..).ok_or_else(|| self.bad("ends inside a value"))?;
+        Ok(())
+    }
+
+    fn root(mut self) -> Result<RootFdt, Malformed> {
+        let Token::Begin(b"") = self.next()? else {
+            return Err(self.bad("does not start with the root node"));
+        };
+        let mut compatible = None;
+        let mut map = None;
+        let mut subtrees: Vec<Subtree> = Vec::new();
+        loop {
+            match self.next()? {
+                Token::Property(name, value) if name == COMPATIBLE_NAME.as_bytes() => {
+                    compatible = Some(value)
+                }
+                Token::Property(name, value) if name == MAP_NAME.as_bytes() => {
+                    map = Some(self.integer(MAP_NAME, value)?);
+                }
+                Token::Property(..) => {}
+                Token::Begin(name) => {
+                    let subtree = self.subtree(name)?;
+                    if subtrees.iter().any(|other| other.name == subtree.name) {
+                        return Err(self.place.bad("subtree", Problem::Repeated { found: subtree.data }));
+                    }
+                    subtrees.push(subtree);
+                }
+                Token::EndNode => break,
+                Token::End => return Err(self.bad("ends inside the root node")),
+            }
+        }
+        if compatible != Some(b"kho-v4\0".as_slice()) {
+            return Err(self.place.bad("compatible", Problem::Structure("is not kho-v4")));
+        }
+        let map = map.ok_or_else(|| self.place.bad(MAP_NAME, Problem::Structure("is missing")))?;
+        self.place.page_address(MAP_NAME, map)?;
+        // In the page the newest stands first.
+        subtrees.reverse();
+        Ok(RootFdt { map, subtrees })
+    }
+
+    fn subtree(&mut self, name: &[u8]) -> Result<Subtree, Malformed> {
+        let name = SubtreeName::new(name).map_err(|bad| {
+            self.place.bad("subtree", Problem::TooLarge { found: count(bad.len), limit: 31 })
+        })?;
+        let (mut data, mut size) = (None, None);
+        loop {
+            match self.next()? {
+                Token::Property(name, value) if name == DATA_NAME.as_bytes() => {
+                    data = Some(self.integer(DATA_NAME, value)?);
+                }
+                Token::Property(name, value) if name == SIZE_NAME.as_bytes() => {
+                    size = Some(self.integer(SIZE_NAME, value)?);
+                }
+                Token::Property(..) => {}
+                Token::EndNode => break,
+                Token::Begin(_) => return Err(self.bad("has a node inside a subtree")),
+                Token::End => return Err(self.bad("ends inside a subtree")),
+            }
+        }
+        let missing = |field| self.place.bad(field, Problem::Structure("is missing"));
+        let data = data.filter(|data| *data != 0).ok_or_else(|| missing(DATA_NAME))?;
+        Ok(Subtree { name, data, size: size.ok_or_else(|| missing(SIZE_NAME))? })
+    }
+
+    fn integer(&self, field: &'static str, value: &[u8]) -> Result<u64, Malformed> {
+        let bytes = <[u8; 8]>::try_from(value).map_err(|_| {
+            self.place.bad(field, Problem::Mismatch { expected: 8, found: count(value.len()) })
+        })?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+}
+
+fn count(len: usize) -> u64 {
+    u64::try_from(len).unwrap_or(u64::MAX)
+}
+
+/// The big-endian cell at `offset`, and what follows it.
+fn read_cell(bytes: &[u8], offset: usize) -> Option<(u32, &[u8])> {
+    let (cell, rest) = bytes.get(offset..)?.split_first_chunk::<4>()?;
+    Some((u32::from_be_bytes(*cell), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn page(bytes: &[u8]) -> Vec<u8> {
+        let mut memory = vec![0; 2 * PAGE_BYTES];
+        memory[PAGE_BYTES..][..bytes.len()].copy_from_slice(bytes);
+        memory
+    }
+
+    fn subtree(name: &str, data: u64, size: u64) -> Subtree {
+        Subtree { name: SubtreeName::new(name.as_bytes()).unwrap(), data, size }
+    }
+
+    #[test]
+    fn a_fresh_tree_has_the_kernels_152_bytes() {
+        let bytes = RootFdt { map: 0x1_2345_6000, subtrees: Vec::new() }.encode().unwrap();
+        assert_eq!(bytes.len(), 152);
+        let structure: Vec<String> = bytes[0x40..][..56]
+            .chunks(4)
+            .map(|cell| cell.iter().map(|byte| format!("{byte:02x}")).collect())
+            .collect();
+        assert_eq!(
+            structure.join(" "),
+            "00000001 00000000 00000003 00000007 00000015 6b686f2d 76340000 00000003 00000008 00000000 \
+             00604523 01000000 00000002 00000009"
+        );
+        assert_eq!(&bytes[16..20], &48u32.to_be_bytes());
+    }
+
+    #[test]
+    fn a_subtree_costs_48_bytes_and_its_padded_name() {
+        let size = |subtrees: &[Subtree]| {
+            let fdt = RootFdt { map: 0x1000, subtrees: subtrees.to_vec() };
+            fdt.encode().unwrap().len()
+        };
+        let one = size(&[subtree("LUO", 0x2000, 32)]);
+        let two = size(&[subtree("LUO", 0x2000, 32), subtree("kexec-metadata", 0x3000, 73)]);
+        assert_eq!(two - one, 48 + 16);
+    }
+
+    #[test]
+    fn the_newest_subtree_and_its_size_stand_first() {
+        let fdt =
+            RootFdt { map: 0x1000, subtrees: vec![subtree("old", 0x2000, 1), subtree("new", 0x3000, 2)] };
+        let bytes = fdt.encode().unwrap();
+        let at = |text: &[u8]| bytes.windows(text.len()).position(|window| window == text).unwrap();
+        assert!(at(b"new\0") < at(b"old\0"));
+        assert!(at(b"preserved-data\0") < at(b"blob-size\0"));
+        assert_eq!(&bytes[16..20], &40u32.to_be_bytes());
+        assert_eq!(RootFdt::read(&page(&bytes), 4096).unwrap(), fdt);
+    }
+
+    #[test]
+    fn seventy_short_subtrees_fit_a_page() {
+        let many = |count: usize| RootFdt {
+            map: 0x1000,
+            subtrees: (0..count).map(|index| subtree(&format!("{index:04}"), 0x2000, 1)).collect(),
+        };
+        assert!(many(70).encode().is_ok());
+        assert_eq!(many(71).encode(), Err(TooManySubtrees { subtrees: 71 }));
+    }
+
+    #[test]
+    fn another_compatible_is_refused_by_field() {
+        let mut bytes = RootFdt { map: 0x1000, subtrees: Vec::new() }.encode().unwrap();
+        let at = bytes.windows(6).position(|window| window == b"kho-v4").unwrap();
+        bytes[at + 5] = b'3';
+        assert_eq!(RootFdt::read(&page(&bytes), 4096).unwrap_err().field, "compatible");
+    }
+
+    #[test]
+    fn a_map_of_zero_is_refused() {
+        let bytes = RootFdt { map: 0, subtrees: Vec::new() }.encode().unwrap();
+        assert_eq!(RootFdt::read(&page(&bytes), 4096).unwrap_err().field, MAP_NAME);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(map in 1u64..1 << 52, data in proptest::collection::vec((1u64.., any::<u64>()), 0..40)) {
+            let subtrees =
+                data.iter().enumerate().map(|(index, (data, size))| subtree(&format!("s{index}"), *data, *size));
+            let fdt = RootFdt { map: map << 12, subtrees: subtrees.collect() };
+            prop_assert_eq!(RootFdt::read(&page(&fdt.encode().unwrap()), 4096).unwrap(), fdt);
+        }
+
+        #[test]
+        fn a_damaged_page_gives_an_error_or_a_tree(damage in proptest::collection::vec((0usize..300, any::<u8>()), 1..8)) {
+            let fdt = RootFdt { map: 0x1000, subtrees: vec![subtree("LUO", 0x2000, 32)] };
+            let mut memory = page(&fdt.encode().unwrap());
+            for (at, byte) in damage {
+                memory[PAGE_BYTES + at] = byte;
+            }
+            let _ = RootFdt::read(&memory, 4096);
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Every wire format of Tideover: the kernel's for Kexec Handover and the Live Update Orchestrator, and our own.
+//!
+//! One file holds one format, as types whose layout is the wire's, with encoding and decoding side by
+//! side. Decoding works over any source of physical memory ([`Memory`]): an arena, a kernel's debugfs
+//! files, a copy of a whole machine's memory. What is read is an allegation: a decoder checks each field
+//! before it is used, bounds its work by what the memory can hold, and answers with a [`Malformed`] that
+//! names format, place, field and fault. It never panics and never allocates what the input asked for.
+//!
+//! | file | format | whose |
+//! | --- | --- | --- |
+//! | [`arena`] | header of region 0: root slots, ownership word | ours |
+//! | [`kho`] | root FDT `kho-v4` | the kernel's |
+//! | [`radix`] | tree of preserved memory | the kernel's |
+//! | [`vmalloc`] | list of scattered pages | the kernel's |
+//! | [`block`], [`luo`] | sessions and files, `luo-v5` | the kernel's |
+//! | [`record`] | the fixed head of our own records | ours |
+//! | [`regions`], [`gmem`], [`vm`], [`state`] | region table, guest memory, machine, state of a vCPU or device | ours |
+//! | [`groups`] | typed groups inside a state | ours |
+//!
+//! Integers are little-endian. Structures are byte arrays with an alignment of one.
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod arena;
+pub mod block;
+pub mod gmem;
+pub mod groups;
+pub mod kho;
+pub mod luo;
+pub mod memory;
+pub mod radix;
+pub mod record;
+pub mod regions;
+pub mod state;
+pub mod text;
+pub mod vm;
+pub mod vmalloc;
+
+pub use memory::Malformed;
+pub use memory::Memory;
+pub use memory::MemoryMut;
+pub use memory::NoMemory;
+pub use memory::Problem;

@@ -1,0 +1,230 @@
+//! `kho_vmalloc`: a list of scattered pages that make up one run of bytes (facts 4.4).
+//!
+//! A [`Descriptor`] of 16 bytes names the first *chunk*; a chunk is a page that names 511 blocks and the
+//! next chunk. A zero address ends a chunk's list early.
+
+use alloc::vec::Vec;
+
+use pages::Order;
+use pages::PAGE_BYTES;
+use pages::PAGE_SIZE;
+use pages::PageRange;
+use pages::Pfn;
+use zerocopy::FromBytes;
+use zerocopy::Immutable;
+use zerocopy::IntoBytes;
+use zerocopy::KnownLayout;
+use zerocopy::Unaligned;
+use zerocopy::little_endian::U16;
+use zerocopy::little_endian::U32;
+use zerocopy::little_endian::U64;
+
+use crate::memory::Malformed;
+use crate::memory::Memory;
+use crate::memory::Place;
+use crate::memory::Problem;
+
+/// Flag: plain vmalloc memory. What we write.
+pub const PLAIN: u16 = 1;
+/// Flag: huge mappings were allowed.
+pub const HUGE: u16 = 2;
+/// Blocks that a chunk names.
+pub const CHUNK_BLOCKS: usize = 511;
+
+const FORMAT: &str = "kho_vmalloc";
+
+/// Names a list of pages. All zero for an empty run.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
+)]
+#[repr(C)]
+pub struct Descriptor {
+    /// Physical address of the first chunk.
+    pub first: U64,
+    /// Pages of 4 KiB in all blocks.
+    pub total_pages: U32,
+    /// [`PLAIN`] and [`HUGE`]; the kernel's reader ignores others.
+    pub flags: U16,
+    /// Order of every block.
+    pub order: U16,
+}
+
+/// A chunk's page.
+#[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Chunk {
+    /// Physical address of the next chunk, or 0.
+    pub next: U64,
+    /// Physical addresses of the blocks; 0 ends the list.
+    pub blocks: [U64; CHUNK_BLOCKS],
+}
+
+impl core::fmt::Debug for Chunk {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Chunk").field("next", &self.next).finish_non_exhaustive()
+    }
+}
+
+const _: () = assert!(size_of::<Descriptor>() == 16 && size_of::<Chunk>() == PAGE_BYTES);
+
+impl Descriptor {
+    /// A descriptor for `total_pages` single pages.
+    pub fn plain(first: u64, total_pages: u32) -> Self {
+        Self { first: first.into(), total_pages: total_pages.into(), flags: PLAIN.into(), order: 0.into() }
+    }
+
+    /// Chunks that a writer makes for `blocks` blocks: a new one is linked as soon as one is full.
+    pub const fn chunks(blocks: usize) -> usize {
+        blocks / CHUNK_BLOCKS + 1
+    }
+
+    /// True of the descriptor of an empty run.
+    pub fn is_empty(&self) -> bool {
+        self.first.get() == 0
+    }
+}
+
+/// A list as it was read: its chunks' pages, and its blocks in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct List {
+    /// Physical addresses of the chunks.
+    pub chunks: Vec<u64>,
+    /// The blocks, each `order` large.
+    pub blocks: Vec<PageRange>,
+}
+
+impl List {
+    /// Reads the list behind `descriptor`.
+    ///
+    /// # Errors
+    /// [`Malformed`] for an unknown order, a chunk or block that cannot be, or blocks that are not exactly
+    /// the pages that the descriptor counts. Work is bounded by that count, and the count by what is there.
+    pub fn read(memory: &(impl Memory + ?Sized), descriptor: &Descriptor) -> Result<Self, Malformed> {
+        let mut list = Self::default();
+        let place = Place::new(FORMAT, descriptor.first.get());
+        let total = u64::from(descriptor.total_pages.get());
+        if descriptor.is_empty() {
+            return place.expect("total_pages", total, 0).map(|()| list);
+        }
+        let order = Order::new(descriptor.order.get().into())
+            .map_err(|_| place.bad("order", Problem::Unknown { found: descriptor.order.get().into() }))?;
+        let mut next = descriptor.first.get();
+        let mut pages = 0u64;
+        while next != 0 {
+            let place = Place::new(FORMAT, place.page_address("next", next)?);
+            // Every chunk but the last is full, so a list that goes round is over its count soon.
+            if !list.chunks.is_empty() && !list.blocks.len().is_multiple_of(CHUNK_BLOCKS) {
+                return Err(place.bad("next", Problem::Structure("follows a chunk that is not full")));
+            }
+            let chunk: Chunk = place.get(memory)?;
+            list.chunks.push(next);
+            for block in chunk.blocks.iter().map(|block| block.get()).take_while(|block| *block != 0) {
+                pages += order.len_pages();
+                if pages > total {
+                    return Err(place.bad("blocks", Problem::TooLarge { found: pages, limit: total }));
+                }
+                let start = Pfn::at(place.page_address("blocks", block)?);
+                let range = start.and_then(|start| PageRange::block(start, order));
+                list.blocks.push(
+                    range.map_err(|_| place.bad("blocks", Problem::TooLarge { found: block, limit: 0 }))?,
+                );
+            }
+            next = chunk.next.get();
+            if list.blocks.is_empty() && next != 0 {
+                return Err(place.bad("next", Problem::Structure("follows an empty chunk")));
+            }
+        }
+        place.expect("total_pages", total, pages)?;
+        Ok(list)
+    }
+
+    /// Reads the first `len` bytes of the run.
+    ///
+    /// # Errors
+    /// [`Malformed`] if the run is shorter, or more than one page longer than that, or is not there.
+    pub fn read_bytes(&self, memory: &(impl Memory + ?Sized), len: u64) -> Result<Vec<u8>, Malformed> {
+        let place = Place::new(FORMAT, self.chunks.first().copied().unwrap_or_default());
+        let there: u64 = self.blocks.iter().map(|block| block.len_pages()).sum();
+        place.expect("length in pages", there, len.div_ceil(PAGE_SIZE))?;
+        let mut bytes = Vec::new();
+        for page in self.blocks.iter().flat_map(|block| block.pages()) {
+            let mut buffer = [0; PAGE_BYTES];
+            let left = len - bytes.len() as u64;
+            let here = usize::try_from(left.min(PAGE_SIZE)).unwrap_or(PAGE_BYTES);
+            let (buffer, _) = buffer.split_at_mut(here);
+            memory
+                .read(page.address(), buffer)
+                .map_err(|none| place.bad("blocks", Problem::Unreadable(none)))?;
+            bytes.extend_from_slice(buffer);
+        }
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mark(index: usize) -> u8 {
+        u8::try_from(index % 251).unwrap()
+    }
+
+    /// Data pages from page 100 on, chunks from page 1 on; written as the kernel writes them.
+    fn memory(blocks: usize) -> (Vec<u8>, Descriptor) {
+        let mut memory = vec![0; (100 + blocks) * PAGE_BYTES];
+        for index in 0..blocks {
+            let at = (1 + index / CHUNK_BLOCKS) * PAGE_BYTES + 8 + index % CHUNK_BLOCKS * 8;
+            memory[at..at + 8].copy_from_slice(&((100 + index as u64) * PAGE_SIZE).to_le_bytes());
+            memory[(100 + index) * PAGE_BYTES] = mark(index);
+        }
+        for chunk in 1..Descriptor::chunks(blocks) {
+            memory[chunk * PAGE_BYTES..][..8]
+                .copy_from_slice(&((chunk as u64 + 1) * PAGE_SIZE).to_le_bytes());
+        }
+        (memory, Descriptor::plain(PAGE_SIZE, u32::try_from(blocks).unwrap()))
+    }
+
+    #[test]
+    fn the_worked_example_has_the_kernels_bytes() {
+        let descriptor = Descriptor::plain(0x1_0700_0000, 20);
+        assert_eq!(descriptor.as_bytes(), [0, 0, 0, 7, 1, 0, 0, 0, 0x14, 0, 0, 0, 1, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_full_chunk_is_followed_by_another() {
+        assert_eq!([0, 510, 511, 1021, 1022].map(Descriptor::chunks), [1, 1, 2, 2, 3]);
+        let (memory, descriptor) = memory(511);
+        let list = List::read(&memory, &descriptor).unwrap();
+        assert_eq!((list.chunks.len(), list.blocks.len()), (2, 511));
+    }
+
+    #[test]
+    fn a_list_is_read_in_order() {
+        let (memory, descriptor) = memory(600);
+        let list = List::read(&memory, &descriptor).unwrap();
+        let bytes = list.read_bytes(&memory, 599 * PAGE_SIZE + 1).unwrap();
+        assert_eq!(bytes.len(), 599 * PAGE_BYTES + 1);
+        assert!(bytes.chunks(PAGE_BYTES).enumerate().all(|(index, page)| page[0] == mark(index)));
+        assert!(list.read_bytes(&memory, 10).is_err());
+    }
+
+    #[test]
+    fn blocks_that_are_not_the_count_are_refused() {
+        let (memory, mut descriptor) = memory(20);
+        descriptor.total_pages = 21.into();
+        assert_eq!(List::read(&memory, &descriptor).unwrap_err().field, "total_pages");
+        descriptor.total_pages = 19.into();
+        assert_eq!(List::read(&memory, &descriptor).unwrap_err().field, "blocks");
+    }
+
+    #[test]
+    fn a_list_that_goes_round_ends_with_an_error() {
+        let (mut memory, mut descriptor) = memory(511);
+        memory[PAGE_BYTES..PAGE_BYTES + 8].copy_from_slice(&PAGE_SIZE.to_le_bytes());
+        descriptor.total_pages = u32::MAX.into();
+        descriptor.order = 9.into();
+        assert!(List::read(&memory, &descriptor).is_err());
+        memory[PAGE_BYTES + 8..2 * PAGE_BYTES].fill(0);
+        assert_eq!(List::read(&memory, &descriptor).unwrap_err().field, "next");
+    }
+}
