@@ -1,0 +1,337 @@
+//! One process's view of a region: bytes copied in and out, and single words.
+
+use std::fmt;
+use std::ptr;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+
+use rustix::mm::Advice;
+use rustix::mm::MapFlags;
+use rustix::mm::ProtFlags;
+use thiserror::Error;
+use vm_memory::VolatileMemory;
+use vm_memory::VolatileSlice;
+
+use crate::PageSize;
+use crate::Region;
+use crate::RegionError;
+use crate::call_error;
+
+/// Not all of these bytes are in the mapping, or a word is not aligned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("offset {offset:#x}, {len_bytes} bytes: outside the mapping's {of_bytes:#x} bytes, or not aligned")]
+pub struct OutOfRange {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len_bytes: usize,
+    /// Size of the mapping.
+    pub of_bytes: u64,
+}
+
+/// A whole region, mapped shared, readable and writable. It stays mapped until this is dropped.
+pub struct Mapping {
+    // Invariant: `address .. address + len` is mapped from `region`, is a multiple of 2 MiB, and belongs to this
+    // value alone: nobody else unmaps it or maps something over it.
+    address: NonNull<u8>,
+    len: usize,
+    region: Region,
+}
+
+// SAFETY: the mapping belongs to no thread, and its bytes are only copied or accessed as atomic words.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; every access goes through `VolatileSlice`, which takes others' writes into account.
+unsafe impl Sync for Mapping {}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Mapping({} at {:p}, {:#x} bytes)", self.region.name(), self.address, self.len)
+    }
+}
+
+impl Mapping {
+    pub(crate) fn new(region: Region) -> Result<Self, RegionError> {
+        let call = |what| {
+            let name = region.name().to_owned();
+            move |errno: rustix::io::Errno| call_error(what, &name, errno)
+        };
+        let len = usize::try_from(region.len_bytes())
+            .map_err(|_| RegionError::Size { name: region.name().to_owned(), bytes: region.len_bytes() })?;
+        let address = reserve_aligned(len).map_err(call("find room for"))?;
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: `address .. address + len` was reserved above and belongs to nobody else.
+        let mapped = unsafe {
+            rustix::mm::mmap(
+                address.as_ptr().cast(),
+                len,
+                prot,
+                MapFlags::SHARED | MapFlags::FIXED,
+                &region,
+                0,
+            )
+        };
+        if let Err(errno) = mapped {
+            // SAFETY: the reservation is still whole, and nobody has its address.
+            let _ = unsafe { rustix::mm::munmap(address.as_ptr().cast(), len) };
+            return Err(call("map")(errno));
+        }
+        let mapping = Self { address, len, region };
+        mapping
+            .advise(Advice::LinuxDontDump)
+            .map_err(|errno| call_error("keep out of core dumps", mapping.region.name(), errno))?;
+        Ok(mapping)
+    }
+
+    /// The region behind it.
+    pub fn region(&self) -> &Region {
+        &self.region
+    }
+
+    /// Its size.
+    pub fn len_bytes(&self) -> u64 {
+        self.region.len_bytes()
+    }
+
+    /// Where this process has it. To be handed to a kernel interface that wants an address (a memory
+    /// slot, userfaultfd); valid as long as this value lives.
+    pub fn host_address(&self) -> usize {
+        self.address.as_ptr().addr()
+    }
+
+    fn bytes(&self) -> VolatileSlice<'_> {
+        // SAFETY: by the field's invariant the range is mapped as long as `self` lives, and the slice
+        // borrows it. Others may write meanwhile: VolatileSlice copies and never makes a reference.
+        unsafe { VolatileSlice::new(self.address.as_ptr(), self.len) }
+    }
+
+    fn slice(&self, offset: u64, len: usize) -> Result<VolatileSlice<'_>, OutOfRange> {
+        let error = self.out_of_range(offset, len);
+        let at = usize::try_from(offset).map_err(|_| error)?;
+        self.bytes().subslice(at, len).map_err(|_| error)
+    }
+
+    fn out_of_range(&self, offset: u64, len_bytes: usize) -> OutOfRange {
+        OutOfRange { offset, len_bytes, of_bytes: self.len_bytes() }
+    }
+
+    /// Copies bytes out. Somebody may be writing them: what was read may be old and new in turns.
+    ///
+    /// # Errors
+    /// [`OutOfRange`], and nothing was read.
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), OutOfRange> {
+        self.slice(offset, into.len())?.copy_to(into);
+        Ok(())
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Errors
+    /// [`OutOfRange`], and nothing was written.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), OutOfRange> {
+        self.slice(offset, bytes.len())?.copy_from(bytes);
+        Ok(())
+    }
+
+    /// The 64-bit word at `offset`, a multiple of 8.
+    ///
+    /// # Errors
+    /// [`OutOfRange`]
+    pub fn load(&self, offset: u64) -> Result<u64, OutOfRange> {
+        self.with_word(offset, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Sets the 64-bit word at `offset`, a multiple of 8.
+    ///
+    /// # Errors
+    /// [`OutOfRange`], and nothing was written.
+    pub fn store(&self, offset: u64, value: u64) -> Result<(), OutOfRange> {
+        self.with_word(offset, |word| word.store(value, Ordering::Release))
+    }
+
+    fn with_word<T>(&self, offset: u64, act: impl FnOnce(&AtomicU64) -> T) -> Result<T, OutOfRange> {
+        let bytes = self.slice(offset, 8)?;
+        let word = bytes.get_atomic_ref::<AtomicU64>(0).map_err(|_| self.out_of_range(offset, 8))?;
+        Ok(act(word))
+    }
+
+    /// The word at `offset` as a handle of its own.
+    ///
+    /// # Errors
+    /// [`OutOfRange`]
+    pub fn word(self: &Arc<Self>, offset: u64) -> Result<Word, OutOfRange> {
+        self.load(offset)?;
+        Ok(Word { mapping: Arc::clone(self), offset })
+    }
+
+    pub(crate) fn advise(&self, advice: Advice) -> rustix::io::Result<()> {
+        self.advise_range(0, self.len, advice)
+    }
+
+    /// `offset .. offset + len` has to lie in the mapping.
+    pub(crate) fn advise_range(&self, offset: usize, len: usize, advice: Advice) -> rustix::io::Result<()> {
+        debug_assert!(offset + len <= self.len);
+        // SAFETY: the range lies in the mapping, which is ours. None of the advices that this crate gives
+        // changes what the bytes are: they are kept out of dumps, faulted in, or backed by other pages.
+        unsafe { rustix::mm::madvise(self.address.as_ptr().add(offset).cast(), len, advice) }
+    }
+
+    /// Asks for huge pages now. `offset .. offset + len` has to lie in the mapping.
+    pub(crate) fn collapse_range(&self, offset: usize, len: usize) -> std::io::Result<()> {
+        debug_assert!(offset + len <= self.len);
+        // SAFETY: the range lies in the mapping, which is ours; a collapse moves the bytes to another page
+        // behind every mapping at once and changes none of them.
+        let result =
+            unsafe { libc::madvise(self.address.as_ptr().add(offset).cast(), len, libc::MADV_COLLAPSE) };
+        if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: by the field's invariant the range is ours alone, and nothing borrows it any more.
+        let _ = unsafe { rustix::mm::munmap(self.address.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Reserves `len` bytes of address space at a multiple of 2 MiB.
+fn reserve_aligned(len: usize) -> rustix::io::Result<NonNull<u8>> {
+    const ALIGN: usize = 2 << 20;
+    debug_assert_eq!(PageSize::Huge.bytes(), ALIGN as u64);
+    let padded = len.checked_add(ALIGN).ok_or(rustix::io::Errno::NOMEM)?;
+    // SAFETY: an anonymous mapping wherever there is room; it replaces nothing.
+    let base = unsafe {
+        rustix::mm::mmap_anonymous(
+            ptr::null_mut(),
+            padded,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )?
+    };
+    let before = base.addr().next_multiple_of(ALIGN) - base.addr();
+    let used = len.next_multiple_of(4096);
+    let after = padded - before - used;
+    // SAFETY: `before` and `after` are the ends of the reservation just made, and nobody has their address.
+    unsafe {
+        if before > 0 {
+            let _ = rustix::mm::munmap(base, before);
+        }
+        if after > 0 {
+            let _ = rustix::mm::munmap(base.byte_add(before + used), after);
+        }
+        NonNull::new(base.byte_add(before).cast()).ok_or(rustix::io::Errno::NOMEM)
+    }
+}
+
+/// One 64-bit word of a region, shared with whoever else has it mapped.
+#[derive(Debug, Clone)]
+pub struct Word {
+    mapping: Arc<Mapping>,
+    // Invariant: a word of the mapping; `Mapping::word` has read it.
+    offset: u64,
+}
+
+impl Word {
+    fn with<T>(&self, act: impl FnOnce(&AtomicU64) -> T) -> T {
+        self.mapping
+            .with_word(self.offset, act)
+            .unwrap_or_else(|_| unreachable!("checked when the handle was made"))
+    }
+
+    /// Its value. What its writer wrote before it is seen, too.
+    pub fn load(&self) -> u64 {
+        self.with(|word| word.load(Ordering::Acquire))
+    }
+
+    /// Sets it. Who reads the value also sees what was written before it.
+    pub fn store(&self, value: u64) {
+        self.with(|word| word.store(value, Ordering::Release));
+    }
+
+    /// Replaces `old` by `new`, in one step.
+    ///
+    /// # Errors
+    /// What it is, if that is not `old`; then nothing was written.
+    pub fn compare_exchange(&self, old: u64, new: u64) -> Result<(), u64> {
+        self.with(|word| word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(pages: u64) -> Arc<Mapping> {
+        Arc::new(Region::create("t", pages * 4096).unwrap().map().unwrap())
+    }
+
+    #[test]
+    fn a_mapping_starts_at_a_multiple_of_2_mib() {
+        for pages in [1, 3, 512, 513] {
+            assert!(mapping(pages).host_address().is_multiple_of(2 << 20));
+        }
+    }
+
+    #[test]
+    fn bytes_outside_are_refused_and_nothing_is_written() {
+        let mapping = mapping(1);
+        assert!(mapping.write(4090, &[1; 7]).is_err());
+        assert!(mapping.read(u64::MAX, &mut [0; 2]).is_err());
+        assert!(mapping.load(4).is_err(), "not aligned");
+        assert!(mapping.word(4096).is_err());
+        assert_eq!(mapping.load(4088).unwrap(), 0);
+    }
+
+    #[test]
+    fn two_mappings_of_a_region_show_the_same_bytes() {
+        let one = mapping(2);
+        let fd = rustix::io::dup(one.region()).unwrap();
+        let other = Region::accept("t", fd, 8192).unwrap().map().unwrap();
+        one.write(5000, b"kept").unwrap();
+        let mut read = [0; 4];
+        other.read(5000, &mut read).unwrap();
+        assert_eq!(&read, b"kept");
+    }
+
+    #[test]
+    fn a_region_lives_as_long_as_it_is_mapped_or_open() {
+        let one = mapping(1);
+        one.write(0, b"kept").unwrap();
+        let fd = rustix::io::dup(one.region()).unwrap();
+        drop(one);
+        let again = Region::accept("t", fd, 4096).unwrap().map().unwrap();
+        let mut read = [0; 4];
+        again.read(0, &mut read).unwrap();
+        assert_eq!(&read, b"kept");
+    }
+
+    #[test]
+    fn contended_swaps_are_all_counted() {
+        let mapping = mapping(1);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let word = mapping.word(64).unwrap();
+                    for _ in 0..50_000 {
+                        let mut seen = word.load();
+                        while let Err(other) = word.compare_exchange(seen, seen + 1) {
+                            seen = other;
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(mapping.load(64).unwrap(), 100_000);
+    }
+
+    #[test]
+    fn a_mapping_is_kept_out_of_core_dumps() {
+        let mapping = mapping(4);
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", mapping.host_address());
+        let entry = maps.lines().skip_while(|line| !line.starts_with(&start));
+        let flags = entry.into_iter().find(|line| line.starts_with("VmFlags:")).unwrap();
+        assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+    }
+}

@@ -1,0 +1,179 @@
+//! Warm-up: pages for a whole mapping before the guest needs them, huge where they can be had.
+//!
+//! `MADV_HUGEPAGE` on shared memory says yes and does nothing where the host's `shmem_enabled` is `never`, so it
+//! is not relied on: memory is faulted in and then collapsed with `MADV_COLLAPSE`, and what came is
+//! looked up, not assumed.
+
+use std::fs::File;
+use std::io;
+use std::io::BufRead;
+use std::io::BufReader;
+
+use rustix::io::Errno;
+use rustix::mm::Advice;
+use thiserror::Error;
+
+use crate::Mapping;
+use crate::PageSize;
+
+/// Bytes that are warmed between two calls of the progress function.
+const STEP_BYTES: usize = 32 << 20;
+/// Tries of a collapse that the kernel says may succeed later.
+const COLLAPSE_TRIES: u32 = 3;
+
+/// Warming up failed.
+#[derive(Debug, Error)]
+#[error("no memory for {name} from {offset:#x} on ({len_bytes:#x} bytes in all)")]
+pub struct WarmError {
+    /// The region's name.
+    pub name: String,
+    /// Where it stopped.
+    pub offset: u64,
+    /// The region's size.
+    pub len_bytes: u64,
+    /// Why.
+    #[source]
+    pub source: io::Error,
+}
+
+/// What came of a warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Account {
+    /// The page size that was asked for.
+    pub wanted: PageSize,
+    /// Bytes of the mapping that are mapped by huge pages.
+    pub huge_bytes: u64,
+    /// Why some are not, as the kernel's error number; `None` if none was asked for or all came.
+    pub refused: Option<i32>,
+}
+
+impl Mapping {
+    /// Gives every page of the mapping memory, and maps it; then makes huge pages of it if `want` says so.
+    /// `progress` gets bytes done and bytes in all.
+    ///
+    /// That huge pages do not come is no error: the account says how many did, and why not more.
+    ///
+    /// # Errors
+    /// [`WarmError`] if there is not enough memory. What was given stays.
+    pub fn warm(&self, want: PageSize, progress: &mut dyn FnMut(u64, u64)) -> Result<Account, WarmError> {
+        let len_bytes = self.len_bytes();
+        let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+        let mut refused = None;
+        if want == PageSize::Huge {
+            // Where the host allows it, pages are then huge from their first touch.
+            let _ = self.advise(Advice::LinuxHugepage);
+        }
+        progress(0, len_bytes);
+        for offset in (0..len).step_by(STEP_BYTES) {
+            let step = STEP_BYTES.min(len - offset);
+            self.populate(offset, step)?;
+            if want == PageSize::Huge && refused.is_none() {
+                refused =
+                    self.collapse(offset, step).err().map(|error| error.raw_os_error().unwrap_or_default());
+            }
+            progress((offset + step) as u64, len_bytes);
+        }
+        let huge_bytes = if want == PageSize::Huge { self.huge_bytes().unwrap_or_default() } else { 0 };
+        let refused = refused.filter(|_| huge_bytes < whole_huge(len_bytes));
+        Ok(Account { wanted: want, huge_bytes, refused })
+    }
+
+    fn populate(&self, offset: usize, len: usize) -> Result<(), WarmError> {
+        loop {
+            match self.advise_range(offset, len, Advice::LinuxPopulateWrite) {
+                Ok(()) => return Ok(()),
+                // A signal came in between: what was done stays done.
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(errno) => {
+                    return Err(WarmError {
+                        name: self.region().name().to_owned(),
+                        offset: offset as u64,
+                        len_bytes: self.len_bytes(),
+                        source: errno.into(),
+                    });
+                }
+            }
+        }
+    }
+
+    fn collapse(&self, offset: usize, len: usize) -> io::Result<()> {
+        let mut tries = 1;
+        loop {
+            match self.collapse_range(offset, len) {
+                Err(error) if tries < COLLAPSE_TRIES && may_succeed_later(&error) => tries += 1,
+                result => return result,
+            }
+        }
+    }
+
+    /// Bytes of this mapping that are mapped by huge pages now.
+    ///
+    /// # Errors
+    /// If `/proc/self/smaps` cannot be read.
+    pub fn huge_bytes(&self) -> io::Result<u64> {
+        let start = self.host_address();
+        let end = start + usize::try_from(self.len_bytes()).unwrap_or(usize::MAX - start);
+        let mut inside = false;
+        let mut kib = 0;
+        for line in BufReader::new(File::open("/proc/self/smaps")?).lines() {
+            let line = line?;
+            let mut words = line.split_ascii_whitespace();
+            match words.next() {
+                Some("ShmemPmdMapped:") if inside => {
+                    kib += words.next().and_then(|count| count.parse::<u64>().ok()).unwrap_or_default();
+                }
+                Some(range) if !range.ends_with(':') => {
+                    inside = vma_range(range).is_some_and(|(from, to)| start <= from && to <= end);
+                }
+                _ => {}
+            }
+        }
+        Ok(kib << 10)
+    }
+}
+
+/// The whole huge pages in `bytes`, in bytes.
+const fn whole_huge(bytes: u64) -> u64 {
+    bytes - bytes % PageSize::Huge.bytes()
+}
+
+fn may_succeed_later(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw_os_error);
+    matches!(errno, Some(Errno::AGAIN | Errno::BUSY | Errno::INTR))
+}
+
+/// The addresses of a line of smaps that starts an entry.
+fn vma_range(word: &str) -> Option<(usize, usize)> {
+    let (from, to) = word.split_once('-')?;
+    Some((usize::from_str_radix(from, 16).ok()?, usize::from_str_radix(to, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::PageSize;
+    use crate::Region;
+
+    #[test]
+    fn a_warm_mapping_has_all_its_pages_and_says_how_many_are_huge() {
+        let bytes = 8 << 20;
+        let mapping = Region::create("t", bytes).unwrap().map().unwrap();
+        mapping.write(5 << 20, b"kept").unwrap();
+        let mut seen = Vec::new();
+        let account = mapping.warm(PageSize::Huge, &mut |done, of| seen.push((done, of))).unwrap();
+        assert_eq!(seen, [(0, bytes), (bytes, bytes)]);
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), bytes);
+        assert_eq!(account.huge_bytes, mapping.huge_bytes().unwrap());
+        assert!(account.huge_bytes == bytes || account.refused.is_some(), "{account:?}");
+        let mut read = [0; 4];
+        mapping.read(5 << 20, &mut read).unwrap();
+        assert_eq!(&read, b"kept", "a collapse keeps the bytes");
+    }
+
+    #[test]
+    fn small_pages_stay_small() {
+        let mapping = Region::create("t", 4 << 20).unwrap().map().unwrap();
+        let account = mapping.warm(PageSize::Small, &mut |_, _| {}).unwrap();
+        assert_eq!((account.huge_bytes, account.refused), (0, None));
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), 4 << 20);
+    }
+}
