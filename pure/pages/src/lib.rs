@@ -57,6 +57,9 @@ pub enum PageError {
 pub struct Pfn(u64);
 
 impl Pfn {
+    /// The first page.
+    pub const ZERO: Self = Self(0);
+
     /// The page with this number.
     ///
     /// # Errors
