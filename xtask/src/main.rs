@@ -1,0 +1,67 @@
+//! The project's own chores: what must hold before a change lands, as commands.
+//!
+//! `cargo xtask check` is all that CI runs; each of its steps can be run alone.
+
+#![forbid(unsafe_code)]
+
+mod cargo;
+mod check;
+mod deps;
+mod sources;
+mod tally;
+mod test;
+mod tree;
+mod words;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// The project's own chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run all that CI runs, in order, up to the first step that fails
+    Check(check::Options),
+    /// Run every unit, integration and doc test, and list those that this machine made us skip
+    Test(test::Options),
+    /// Hold the crates to the rings: arrows point inward, `unsafe` only in sys/, no_std in pure/
+    Deps,
+    /// Look through every file of the tree for what must not be published, and for untidy white
+    /// space
+    Words,
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().verb {
+        Verb::Check(options) => check::run(&options),
+        Verb::Test(options) => {
+            let tally = test::run(&options).unwrap_or_else(|error| {
+                println!("error: {error:#}");
+                tally::Tally::ONE_FAILURE
+            });
+            println!("{tally}");
+            Ok(tally.is_good())
+        }
+        Verb::Deps => deps::run(),
+        Verb::Words => words::run(),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a verb answers: whether all is well; what is not has been said by then.
+type Verdict = Result<bool>;
