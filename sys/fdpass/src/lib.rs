@@ -1,0 +1,52 @@
+//! Messages with file descriptors between two processes of one user.
+//!
+//! - A [`Channel`] is one end of a connected Unix socket of type `SOCK_SEQPACKET`: each message
+//!   arrives whole or not at all, with the file descriptors that were sent with it.
+//! - A [`Message`] is what came: bytes, and descriptors that the receiver now owns. The bytes are
+//!   an allegation of the peer's; so is the kind of file behind each descriptor.
+//! - A [`Listener`] waits at a path, in a directory that nobody else can enter, for [`connect`].
+//! - A [`Peer`] is who held the other end when the two were joined, as the kernel says it.
+//! - A [`Pidfd`] tells when a process is gone, which a closed channel alone does not: a channel can
+//!   be closed by a process that lives, and kept open by a child of one that does not.
+//! - A [`Deadline`] ends every wait.
+//!
+//! # Starting a program that has a channel
+//!
+//! A channel is given to a child as its standard input, so that neither side has to agree on the
+//! number of a descriptor:
+//!
+//! ```no_run
+//! use std::process::{Command, Stdio};
+//! use std::time::Duration;
+//! use fdpass::{Channel, Deadline};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (ours, theirs) = Channel::pair()?;
+//! let child = Command::new("/usr/bin/successor")
+//!     .stdin(Stdio::from(theirs.into_stdio()))
+//!     .spawn()?;
+//! ours.send(b"hello", &[], Deadline::after(Duration::from_secs(1)))?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! and the child begins with [`Channel::from_stdin`].
+//!
+//! Not here: what the bytes mean.
+
+#![forbid(unsafe_code)]
+
+mod channel;
+mod clock;
+mod deadline;
+mod listener;
+mod peer;
+
+pub use channel::{
+    AdoptError, Channel, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Message, PairError, ReceiveError, SendError,
+    StdinError,
+};
+pub use clock::monotonic_ns;
+pub use deadline::Deadline;
+pub use listener::{AcceptError, BindError, ConnectError, Listener, connect};
+pub use peer::{Peer, PeerError, Pidfd, PidfdError, WaitExitError};
