@@ -193,6 +193,7 @@ impl Kho {
         }
         self.leaves.retain(|_, leaf| leaf.iter().any(|word| *word != 0));
         self.changed.clear();
+        self.fresh.clear();
         self.slot = slot;
     }
 }

@@ -127,6 +127,8 @@ pub struct Kho {
     frames: Frames,
     /// Frames of region 0 that the published tree holds and the next one will not.
     leaving: Vec<Pfn>,
+    /// Frames of region 0 that were given out since the last commit: no reader knows them.
+    fresh: BTreeSet<Pfn>,
     /// Preserved blocks by first frame; those of region 0 are single frames.
     blocks: BTreeMap<u64, Key>,
     /// Leaves of the next tree, by prefix.
@@ -165,6 +167,7 @@ impl Kho {
             identity,
             frames: Frames::new(frames),
             leaving: Vec::new(),
+            fresh: BTreeSet::new(),
             blocks: BTreeMap::new(),
             leaves: BTreeMap::new(),
             changed: BTreeSet::new(),
@@ -198,6 +201,7 @@ impl Kho {
             identity: tree.identity,
             frames,
             leaving: Vec::new(),
+            fresh: BTreeSet::new(),
             blocks: tree.blocks,
             leaves,
             changed: BTreeSet::new(),
@@ -238,10 +242,11 @@ impl Kho {
         }
         let range = self.frames.take_run(count).ok_or(none)?;
         range.pages().for_each(|pfn| self.mark(Key::of(pfn, Order::PAGE)));
+        self.fresh.extend(range.pages());
         Ok(range)
     }
 
-    /// Gives frames of region 0 back. They stay as they are until the next commit.
+    /// Gives frames of region 0 back. Those that are in the published tree stay as they are until the next commit.
     ///
     /// Frames that are not given out, and those of the tree itself, are passed over: what a broken record
     /// says to free is not believed.
@@ -251,7 +256,12 @@ impl Kho {
             let key = Key::of(pfn, Order::PAGE);
             if self.blocks.get(&pfn.get()) == Some(&key) && !self.is_own(pfn) {
                 self.unmark(key);
-                self.leaving.push(pfn);
+                // What no published tree knows can be given out again at once.
+                if self.fresh.remove(&pfn) {
+                    self.frames.release(pfn);
+                } else {
+                    self.leaving.push(pfn);
+                }
             }
         }
     }
@@ -271,6 +281,18 @@ impl Kho {
         let range = self.allocate(count).map_err(no_frames)?;
         self.memory.write(range.start().address(), bytes).map_err(StoreError::NoMemory)?;
         Ok(range)
+    }
+
+    /// Writes the start of a frame that was given out and is in no published tree yet.
+    ///
+    /// # Errors
+    /// [`NoMemory`] for a frame of a published tree or of none, and for more than a page.
+    pub fn fill(&mut self, pfn: Pfn, bytes: &[u8]) -> Result<(), NoMemory> {
+        let none = NoMemory::at(pfn.address(), bytes.len());
+        if !self.fresh.contains(&pfn) || bytes.len() > PAGE_BYTES {
+            return Err(none);
+        }
+        self.memory.write(pfn.address(), bytes)
     }
 
     /// Keeps `bytes` in scattered frames of region 0 that a `kho_vmalloc` list names.

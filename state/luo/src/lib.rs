@@ -1,0 +1,268 @@
+//! Sessions of preserved files, by the rules of Linux's Live Update Orchestrator.
+//!
+//! A *session* is a named set of *files*; a *token* names a file in it; a [`Handler`] preserves one kind of
+//! file. An *outgoing* session is what this life hands over, an *incoming* one is what it received. What a
+//! file is here: any value that a handler knows, behind an [`Arc`].
+//!
+//! [`Luo`] keeps the rules (facts 2.4 to 2.7, 3.1 to 3.6): the order of checks, of callbacks and of
+//! rollback, sticky retrieve errors, finish in two phases. Its state is published into an arena by
+//! [`Luo::publish`], in the kernel's `luo-v5` format. Unlike a kernel, which writes it only inside kexec, it
+//! can be published at any time: what a session keeps is then standing, and is found after a crash.
+//!
+//! Not here: what a file's own record looks like (its handler), how it gets to another process (carriers).
+#![forbid(unsafe_code)]
+
+mod handler;
+mod incoming;
+mod ordered;
+mod outgoing;
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+
+use abi::Malformed;
+use abi::block;
+use abi::kho::Subtree;
+use abi::kho::SubtreeName;
+use abi::luo as wire;
+pub use abi::luo::Compatible;
+pub use abi::luo::SessionName;
+pub use handler::Context;
+pub use handler::Errno;
+pub use handler::Handler;
+pub use handler::HandlerError;
+pub use handler::Handlers;
+pub use handler::RegisterError;
+pub use incoming::FinishError;
+pub use incoming::Finished;
+use incoming::Incoming;
+pub use incoming::RetrieveError;
+use kho::CommitError;
+use kho::Kho;
+use kho::StoreError;
+use ordered::Ordered;
+use outgoing::Outgoing;
+pub use outgoing::PreserveError;
+pub use outgoing::SessionError;
+use pages::PAGE_SIZE;
+use pages::PageRange;
+use thiserror::Error;
+use zerocopy::IntoBytes;
+
+/// A file: any value that a handler knows.
+pub type File = Arc<dyn Any + Send + Sync>;
+
+/// Name of the KHO subtree.
+const SUBTREE: SubtreeName = SubtreeName::literal(wire::SUBTREE);
+
+/// Names a file within its session. Any number is legal, 0 included.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Token(pub u64);
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "token {:#x}", self.0)
+    }
+}
+
+/// Says which files are the same thing: of one, only one view can be preserved (objection O1.11).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileId(u64);
+
+impl FileId {
+    /// An identity that nothing else in this process has, or ever had.
+    pub fn fresh() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Why the state could not be taken over.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// The arena has no LUO state.
+    #[error("the arena holds no sessions")]
+    Missing,
+    /// It is not what it should be.
+    #[error("the arena's sessions cannot be read")]
+    Malformed(#[source] Malformed),
+    /// A file's kind is not known here.
+    #[error("no handler for {compatible} (session {session}, {token:?})")]
+    UnknownHandler {
+        /// The session.
+        session: SessionName,
+        /// The file.
+        token: Token,
+        /// Its kind.
+        compatible: Compatible,
+    },
+}
+
+/// Why the state could not be published. What was published before still is.
+#[derive(Debug, Error)]
+pub enum PublishError {
+    /// An incoming session is not finished, and an outgoing one has its name.
+    #[error("session {session} was received and is not finished yet: its name is taken")]
+    Unfinished {
+        /// The session.
+        session: SessionName,
+    },
+    /// No room.
+    #[error("cannot keep the sessions")]
+    Store(#[source] StoreError),
+    /// The switch failed.
+    #[error("cannot publish the sessions")]
+    Commit(#[source] CommitError),
+}
+
+/// The sessions of one arena.
+#[derive(Debug)]
+pub struct Luo {
+    handlers: Handlers,
+    number: u64,
+    outgoing: Ordered<SessionName, Outgoing>,
+    /// What was received and is not finished.
+    incoming: Ordered<SessionName, Incoming>,
+    finished: HashSet<SessionName>,
+    /// What is preserved, or retrieved and not finished: a second time is refused.
+    held: HashMap<FileId, (SessionName, Token)>,
+    /// Frames that the published state lies in.
+    pages: Vec<PageRange>,
+}
+
+impl Luo {
+    /// No sessions: the first life of an arena.
+    pub fn new(handlers: Handlers) -> Self {
+        Self {
+            handlers,
+            number: 1,
+            outgoing: Ordered::default(),
+            incoming: Ordered::default(),
+            finished: HashSet::new(),
+            held: HashMap::new(),
+            pages: Vec::new(),
+        }
+    }
+
+    /// Takes over what the life before published: its sessions are incoming here.
+    ///
+    /// # Errors
+    /// [`AttachError`] if there is none, it is malformed, or a file is of an unknown kind.
+    pub fn attach(kho: &Kho, handlers: Handlers) -> Result<Self, AttachError> {
+        let subtree = kho.subtree(&SUBTREE).ok_or(AttachError::Missing)?;
+        let read =
+            wire::Luo::read(&kho.memory(), subtree.data, subtree.size).map_err(AttachError::Malformed)?;
+        let page = |address: &u64| PageRange::of_bytes(*address, PAGE_SIZE).ok();
+        let pages = read.pages.iter().filter_map(page).collect();
+        let incoming =
+            read.sessions.iter().map(|session| Ok((session.name, Incoming::new(session, &handlers)?)));
+        let incoming = incoming.collect::<Result<_, _>>()?;
+        // "Each next one writes what it received and 1."
+        let number = read.liveupdate_num.wrapping_add(1);
+        Ok(Self { number, incoming, pages, ..Self::new(handlers) })
+    }
+
+    /// Number of the update that this life prepares: 1 in the first life.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Kinds of all files in all sessions, each once.
+    pub fn compatibles(&self) -> Vec<Compatible> {
+        let outgoing =
+            self.outgoing.iter().flat_map(|session| session.files.iter().map(|file| file.compatible()));
+        let incoming =
+            self.incoming.iter().flat_map(|session| session.files.iter().map(|file| file.compatible()));
+        let mut all: Vec<Compatible> = outgoing.chain(incoming).collect();
+        all.sort_unstable();
+        all.dedup();
+        all
+    }
+
+    /// Writes all sessions into the arena and commits, so that they are what a later life finds. With them
+    /// every other change to `kho` since its last commit becomes visible, at the same instant.
+    ///
+    /// Incoming sessions are written, too, until they are finished.
+    ///
+    /// # Errors
+    /// [`PublishError`]; then the change is still pending.
+    pub fn publish(&mut self, kho: &mut Kho) -> Result<(), PublishError> {
+        let sessions = self.sessions()?;
+        let mut pages = Vec::new();
+        let blob = self.write(kho, &sessions, &mut pages);
+        let blob = match blob {
+            Ok(blob) => blob,
+            Err(error) => {
+                pages.into_iter().for_each(|range| kho.free(range));
+                return Err(PublishError::Store(error));
+            }
+        };
+        // The old pages stay as they are until the commit.
+        let old = std::mem::replace(&mut self.pages, pages);
+        old.into_iter().for_each(|range| kho.free(range));
+        kho.set_subtree(Subtree { name: SUBTREE, data: blob, size: size_of::<wire::LuoSer>() as u64 });
+        kho.commit().map_err(PublishError::Commit)
+    }
+
+    fn sessions(&self) -> Result<Vec<wire::Session>, PublishError> {
+        match self.outgoing.iter().find(|own| self.incoming.contains(&own.name)) {
+            Some(own) => Err(PublishError::Unfinished { session: own.name }),
+            None => {
+                let received = self.incoming.iter().map(Incoming::wire);
+                Ok(received.chain(self.outgoing.iter().map(Outgoing::wire)).collect())
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        kho: &mut Kho,
+        sessions: &[wire::Session],
+        pages: &mut Vec<PageRange>,
+    ) -> Result<u64, StoreError> {
+        let mut entries = Vec::new();
+        for session in sessions {
+            let files: Vec<wire::FileSer> = session.files.iter().map(wire::File::entry).collect();
+            entries.push(session.entry(write_chain(kho, &files, pages)?));
+        }
+        let first = write_chain(kho, &entries, pages)?;
+        let flbs = kho.store(wire::FlbHeader { pages: 1.into(), count: 0.into() }.as_bytes())?;
+        pages.push(flbs);
+        let ser = wire::LuoSer::new(self.number, first, flbs.start().address());
+        let blob = kho.store(ser.as_bytes())?;
+        pages.push(blob);
+        Ok(blob.start().address())
+    }
+}
+
+/// Writes a chain of blocks; gives the first one's address, or 0 for no entries: an empty block is never
+/// written.
+fn write_chain<E>(kho: &mut Kho, entries: &[E], pages: &mut Vec<PageRange>) -> Result<u64, StoreError>
+where
+    E: IntoBytes + zerocopy::Immutable,
+{
+    let count = block::blocks::<E>(entries.len());
+    if count == 0 {
+        return Ok(0);
+    }
+    let len_bytes = count.saturating_mul(pages::PAGE_BYTES);
+    let no_frames = |source| StoreError::NoFrames { len_bytes, source };
+    let range = kho.allocate(count as u64).map_err(no_frames)?;
+    pages.push(range);
+    let addresses: Vec<u64> = range.pages().map(|page| page.address()).collect();
+    for (block, page) in block::encode(entries, &addresses).iter().zip(range.pages()) {
+        kho.fill(page, block).map_err(StoreError::NoMemory)?;
+    }
+    Ok(range.start().address())
+}
