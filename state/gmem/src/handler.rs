@@ -1,0 +1,178 @@
+//! Guest memory as a preserved file: `tideover-gmem-v1`.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use abi::gmem::Extent;
+use abi::gmem::FORMAT;
+use abi::gmem::GmemRecord;
+use abi::record::Format;
+use luo::Compatible;
+use luo::Context;
+use luo::Errno;
+use luo::File;
+use luo::FileId;
+use luo::Handler;
+use luo::HandlerError;
+use pages::PAGE_SIZE;
+use pages::PageRange;
+use region::Arena;
+use thiserror::Error;
+
+use crate::Inode;
+
+/// A record was read, and is of no memory that this arena has.
+#[derive(Debug, Error)]
+enum Mismatch {
+    #[error("the record is of machine {record}, the arena of machine {arena}")]
+    Identity { record: abi::vm::Identity, arena: abi::vm::Identity },
+    #[error("its extents are not one region of the arena, whole and from its start")]
+    Extents,
+    #[error("guest memory {name} is not frozen")]
+    NotFrozen { name: abi::gmem::MemoryName },
+    #[error("not guest memory")]
+    Type,
+}
+
+/// Preserves guest memory: its frames are marked, and one record says what they are.
+///
+/// The memory is preserved from its making on and need not be frozen for that; the last callback before a
+/// hand-over refuses if it is not.
+#[derive(Debug)]
+pub struct GmemHandler {
+    arena: Arena,
+    /// One inode for each memory, however often it is retrieved.
+    known: Mutex<Vec<Arc<Inode>>>,
+}
+
+impl GmemHandler {
+    /// For the guest memory that lies in `arena`, of which `known` are in use already.
+    pub fn new(arena: Arena, known: Vec<Arc<Inode>>) -> Self {
+        Self { arena, known: Mutex::new(known) }
+    }
+
+    fn read(&self, context: &Context<'_>, data: u64) -> Result<GmemRecord, HandlerError> {
+        GmemRecord::read(&context.kho.memory(), data).map_err(|error| HandlerError::new(Errno::EINVAL, error))
+    }
+
+    fn inode(&self, record: &GmemRecord) -> Result<Arc<Inode>, Mismatch> {
+        let [Extent { index: 0, frames }] = record.extents[..] else {
+            return Err(Mismatch::Extents);
+        };
+        if frames.len_bytes() != record.size_bytes {
+            return Err(Mismatch::Extents);
+        }
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(inode) = known.iter().find(|inode| inode.frames() == frames) {
+            return Ok(Arc::clone(inode));
+        }
+        let placed = self.arena.regions().iter().skip(1).find(|placed| placed.range == frames);
+        let placed = placed.ok_or(Mismatch::Extents)?;
+        let mapping = Arc::clone(&placed.mapping);
+        let inode = Inode::new(record.name, record.identity, mapping, frames, record.flags);
+        known.push(Arc::clone(&inode));
+        Ok(inode)
+    }
+
+    fn forget(&self, context: &mut Context<'_>, frames: Option<PageRange>, data: u64) {
+        // A record that cannot be read any more leaves its frames marked: lost, but never handed out twice.
+        if let Some(frames) = frames {
+            let _ = context.kho.unpreserve(frames);
+        }
+        free_record(context, data);
+    }
+}
+
+/// Gives the frames of the record at `data` back. What is no record keeps its frames: who knows whose they are.
+fn free_record(context: &mut Context<'_>, data: u64) {
+    let Ok((_, payload)) = FORMAT.read(&context.kho.memory(), data) else { return };
+    if let Ok(range) = PageRange::of_bytes(data, Format::pages(payload.len() as u64) * PAGE_SIZE) {
+        context.kho.free(range);
+    }
+}
+
+fn inode_of(file: &File) -> Option<Arc<Inode>> {
+    Arc::clone(file).downcast::<Inode>().ok()
+}
+
+fn refuse(errno: Errno) -> impl Fn(Mismatch) -> HandlerError {
+    move |why| HandlerError::new(errno, why)
+}
+
+impl Handler for GmemHandler {
+    fn compatible(&self) -> Compatible {
+        Compatible::literal(FORMAT.compatible)
+    }
+
+    fn can_preserve(&self, file: &File) -> bool {
+        inode_of(file).is_some()
+    }
+
+    fn id(&self, file: &File) -> FileId {
+        inode_of(file).map_or_else(FileId::fresh, |inode| inode.id)
+    }
+
+    fn preserve(&self, context: &mut Context<'_>, file: &File) -> Result<u64, HandlerError> {
+        let inode = inode_of(file).ok_or(Mismatch::Type).map_err(refuse(Errno::EINVAL))?;
+        let frames = inode.frames();
+        let (record, arena) = (inode.identity(), context.kho.identity());
+        if record != arena {
+            return Err(refuse(Errno::EINVAL)(Mismatch::Identity { record, arena }));
+        }
+        let record = GmemRecord {
+            identity: record,
+            name: inode.name(),
+            size_bytes: inode.size_bytes(),
+            flags: inode.flags(),
+            extents: vec![Extent { index: 0, frames }],
+        };
+        context.kho.preserve(frames).map_err(|error| HandlerError::new(Errno::EBUSY, error))?;
+        let stored = context.kho.store(&record.encode());
+        if stored.is_err() {
+            let _ = context.kho.unpreserve(frames);
+        }
+        let range = stored.map_err(|error| HandlerError::new(Errno::ENOMEM, error))?;
+        Ok(range.start().address())
+    }
+
+    fn unpreserve(&self, context: &mut Context<'_>, file: &File, data: u64) {
+        self.forget(context, inode_of(file).map(|inode| inode.frames()), data);
+    }
+
+    fn freeze(&self, _: &mut Context<'_>, file: &File, data: u64) -> Result<u64, HandlerError> {
+        let inode = inode_of(file).ok_or(Mismatch::Type).map_err(refuse(Errno::EINVAL))?;
+        if !inode.is_frozen() {
+            return Err(refuse(Errno::EBUSY)(Mismatch::NotFrozen { name: inode.name() }));
+        }
+        Ok(data)
+    }
+
+    fn unfreeze(&self, _: &mut Context<'_>, _: &File, data: u64) -> u64 {
+        data
+    }
+
+    fn retrieve(&self, context: &mut Context<'_>, data: u64) -> Result<File, HandlerError> {
+        let record = self.read(context, data)?;
+        let arena = context.kho.identity();
+        if record.identity != arena {
+            let record = record.identity;
+            return Err(refuse(Errno::EINVAL)(Mismatch::Identity { record, arena }));
+        }
+        let inode = self.inode(&record).map_err(refuse(Errno::EINVAL))?;
+        Ok(inode)
+    }
+
+    fn can_finish(&self, _: Option<&File>) -> bool {
+        true
+    }
+
+    fn finish(&self, context: &mut Context<'_>, file: Option<&File>, data: u64) {
+        let retrieved = file.and_then(inode_of).map(|inode| inode.frames());
+        let frames = retrieved.or_else(|| match self.read(context, data).ok()?.extents[..] {
+            [extent] => Some(extent.frames),
+            _ => None,
+        });
+        self.forget(context, frames, data);
+    }
+}

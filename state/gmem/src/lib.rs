@@ -1,0 +1,180 @@
+//! Guest memory that outlives the VM object it serves.
+//!
+//! An [`Inode`] is the memory itself: its bytes, size and flags, and whose it is. A [`GmemFile`] is one VM
+//! object's view of it: which of its pages the guest sees where. Memory is given to another VM object by
+//! opening another file, and only for the same machine. [`GmemHandler`] preserves an inode in a session, as
+//! one extent however large it is.
+//!
+//! [`Inode::freeze`] ends allocation and punching until the [`Freeze`] is dropped; it does not end reads,
+//! writes or faults on pages that are there. It is a count, so freezes nest, and a gate of each inode's own,
+//! so that one machine does not wait for another.
+//!
+//! # What may run together
+//!
+//! |          | fault on a hole | allocate | punch | freeze |
+//! |----------|-----------------|----------|-------|--------|
+//! | allocate | kernel          | kernel   |       |        |
+//! | punch    | kernel          | kernel   | kernel|        |
+//! | freeze   | userfaultfd     | gate     | gate  | gate   |
+//!
+//! A cell names what orders the two: *kernel*, the file's own locks; *gate*, the inode's reader-writer lock,
+//! which allocate and punch hold shared and freeze holds alone; *userfaultfd*, a MISSING registration of the
+//! mapping, made inside the gate. A hole cannot be faulted in while a freeze stands, whether by a vCPU or by
+//! a thread of this process; another process that holds the region's descriptor is not bound.
+//!
+//! Not here: mapping and warming (`region`), memory slots of KVM (`kvm`), crossing to another process
+//! (carriers).
+#![forbid(unsafe_code)]
+
+mod file;
+mod freeze;
+mod handler;
+
+use std::sync::Arc;
+use std::sync::PoisonError;
+use std::sync::RwLock;
+
+use abi::gmem::MemoryName;
+use abi::vm::Identity;
+pub use file::BindError;
+pub use file::Binding;
+pub use file::GmemFile;
+pub use file::OpenError;
+pub use freeze::Freeze;
+pub use freeze::FreezeError;
+use freeze::Gate;
+pub use freeze::Held;
+pub use handler::GmemHandler;
+use luo::FileId;
+use pages::PageRange;
+use region::Mapping;
+use region::RegionError;
+use thiserror::Error;
+
+/// Guest memory: bytes in a region of its own, and the machine that they belong to.
+#[derive(Debug)]
+pub struct Inode {
+    id: FileId,
+    name: MemoryName,
+    identity: Identity,
+    flags: u64,
+    frames: PageRange,
+    mapping: Arc<Mapping>,
+    gate: RwLock<Gate>,
+}
+
+/// Why pages were not added or taken away.
+#[derive(Debug, Error)]
+pub enum ChangeError {
+    /// The memory is frozen (EPERM): nothing may be added or taken away until the update is over.
+    #[error("guest memory {name} is frozen for an update")]
+    Frozen {
+        /// The memory.
+        name: MemoryName,
+    },
+    /// Not whole pages of it (EINVAL).
+    #[error(
+        "guest memory {name} has {size_bytes:#x} bytes, not {len_bytes:#x} at {offset_bytes:#x} in whole pages"
+    )]
+    Range {
+        /// The memory.
+        name: MemoryName,
+        /// Its size.
+        size_bytes: u64,
+        /// First byte.
+        offset_bytes: u64,
+        /// Bytes.
+        len_bytes: u64,
+    },
+    /// The kernel refused.
+    #[error("cannot change the pages of guest memory {name}")]
+    Region {
+        /// The memory.
+        name: MemoryName,
+        /// Why.
+        #[source]
+        source: RegionError,
+    },
+}
+
+impl Inode {
+    /// The memory of machine `identity` in `mapping`, whose place in the arena is `frames`. `flags` are
+    /// those of [`abi::gmem::flags`].
+    pub fn new(
+        name: MemoryName,
+        identity: Identity,
+        mapping: Arc<Mapping>,
+        frames: PageRange,
+        flags: u64,
+    ) -> Arc<Self> {
+        let gate = RwLock::default();
+        Arc::new(Self { id: FileId::fresh(), name, identity, flags, frames, mapping, gate })
+    }
+
+    /// What the VMM calls it.
+    pub fn name(&self) -> MemoryName {
+        self.name
+    }
+
+    /// The machine that it is memory of.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// [`abi::gmem::flags`].
+    pub fn flags(&self) -> u64 {
+        self.flags
+    }
+
+    /// Its size, which never changes.
+    pub fn size_bytes(&self) -> u64 {
+        self.mapping.len_bytes()
+    }
+
+    /// Its place in the arena.
+    pub fn frames(&self) -> PageRange {
+        self.frames
+    }
+
+    /// Its bytes, in this process.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.mapping
+    }
+
+    /// Gives pages memory before they are touched.
+    ///
+    /// # Errors
+    /// [`ChangeError`]: arguments are checked before the freeze, so that their errors do not depend on it
+    /// (objection O2.2).
+    pub fn allocate(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), ChangeError> {
+        self.change(offset_bytes, len_bytes, |inode| inode.mapping.region().allocate(offset_bytes, len_bytes))
+    }
+
+    /// Gives pages back; they read as zero from now on.
+    ///
+    /// # Errors
+    /// [`ChangeError`]
+    pub fn punch(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), ChangeError> {
+        self.change(offset_bytes, len_bytes, |inode| inode.mapping.region().punch(offset_bytes, len_bytes))
+    }
+
+    fn change(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        act: impl FnOnce(&Self) -> Result<(), RegionError>,
+    ) -> Result<(), ChangeError> {
+        let (name, size_bytes) = (self.name, self.size_bytes());
+        let inside = PageRange::of_bytes(offset_bytes, len_bytes)
+            .is_ok_and(|range| !range.is_empty() && range.end() <= self.frames.len_pages());
+        if !inside {
+            return Err(ChangeError::Range { name, size_bytes, offset_bytes, len_bytes });
+        }
+        // Held until the change is done: a freeze waits for it.
+        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        if gate.is_frozen() {
+            return Err(ChangeError::Frozen { name });
+        }
+        act(self).map_err(|source| ChangeError::Region { name, source })
+    }
+}
