@@ -1,0 +1,551 @@
+//! The machine while this process runs it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use abi::arena::Nonce;
+use abi::arena::OWNERSHIP_ADDRESS;
+use abi::arena::OwnershipWord;
+use abi::gmem::MemoryName;
+use abi::gmem::flags;
+use abi::kho::Subtree;
+use abi::luo::SessionName;
+use abi::regions;
+use abi::state::StateName;
+use abi::vm::Identity;
+use abi::vm::VmRecord;
+use abi::vmalloc::Descriptor;
+use gmem::GmemHandler;
+use gmem::Inode;
+use kho::CommitError;
+use kho::Kho;
+use kho::StoreError;
+use luo::File;
+use luo::Finished;
+use luo::Handlers;
+use luo::Luo;
+use luo::PublishError;
+use luo::RegisterError;
+use luo::Token;
+use pages::PAGE_BYTES;
+use pages::PAGE_SIZE;
+use region::Account;
+use region::Arena;
+use region::Mapping;
+use region::PageSize;
+use region::Region;
+use region::RegionError;
+use region::WarmError;
+use region::liveness::LivenessError;
+use region::liveness::LivenessLock;
+use thiserror::Error;
+
+use crate::handlers::Saved;
+use crate::handlers::StateFile;
+use crate::handlers::StateHandler;
+use crate::handlers::VmFile;
+use crate::handlers::VmHandler;
+use crate::layout;
+use crate::layout::MemoryPlace;
+use crate::ownership;
+use crate::ownership::Ownership;
+use crate::ownership::OwnershipError;
+
+/// A piece of guest memory that a machine is to have.
+#[derive(Debug, Clone, Copy)]
+pub struct MemorySpec {
+    /// What the VMM calls it.
+    pub name: MemoryName,
+    /// Its size, in bytes: whole pages of `page_size`.
+    pub size_bytes: u64,
+    /// The page size to ask for. What came is in [`Memory::account`].
+    pub page_size: PageSize,
+    /// Give every page memory now, or leave it to the first touch.
+    pub prefault: bool,
+}
+
+/// What a machine is to have.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// Its name, which is also its session's.
+    pub name: SessionName,
+    /// vCPUs.
+    pub vcpus: u64,
+    /// Its guest memory.
+    pub memories: Vec<MemorySpec>,
+    /// Every vCPU and device whose state is handed over: each has to be saved for a seal.
+    pub states: Vec<StateName>,
+}
+
+/// A piece of guest memory that a machine has.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    /// The memory itself.
+    pub inode: Arc<Inode>,
+    /// The page size that it was made for, in bytes.
+    pub page_bytes: u64,
+    /// What warming it up gave; `None` if it was not warmed up by this process.
+    pub account: Option<Account>,
+}
+
+/// Why a machine was not made.
+#[derive(Debug, Error)]
+pub enum CreateError {
+    /// The specification cannot be met by any machine.
+    #[error("cannot make machine {name}: {why}")]
+    Spec {
+        /// Its name.
+        name: SessionName,
+        /// Why.
+        why: &'static str,
+    },
+    /// A region could not be made.
+    #[error("cannot make the machine's memory")]
+    Region(#[source] RegionError),
+    /// There is not enough memory.
+    #[error("cannot warm up the machine's memory")]
+    Warm(#[source] WarmError),
+    /// The metadata could not be written.
+    #[error("cannot write the machine's metadata")]
+    Commit(#[source] CommitError),
+    /// The metadata could not be written.
+    #[error("cannot write the machine's metadata")]
+    Store(#[source] StoreError),
+    /// The session could not be filled.
+    #[error("cannot preserve the machine")]
+    Settle(#[source] SettleError),
+    /// The kernel gives no random numbers.
+    #[error("the kernel gives no random numbers")]
+    Random(#[source] getrandom::Error),
+    /// The lock that shows that this process lives could not be taken.
+    #[error("cannot lock the machine's metadata")]
+    Liveness(#[source] LivenessError),
+}
+
+/// Why a machine's files are not all in its session.
+#[derive(Debug, Error)]
+pub enum SettleError {
+    /// The session received could not be finished.
+    #[error("cannot finish the session that was received")]
+    Finish(#[source] luo::FinishError),
+    /// The session could not be made.
+    #[error("cannot make the session")]
+    Session(#[source] luo::SessionError),
+    /// A file could not be preserved.
+    #[error("cannot fill the session")]
+    Preserve(#[source] luo::PreserveError),
+    /// The result could not be published.
+    #[error("cannot publish the session")]
+    Publish(#[source] PublishError),
+}
+
+/// Why a machine was not sealed. It is as it was and may run on, except after [`SealError::Ownership`].
+#[derive(Debug, Error)]
+pub enum SealError {
+    /// A state was not given, or is none of the machine's.
+    #[error("the state of {name} {why}")]
+    State {
+        /// What it is the state of.
+        name: StateName,
+        /// Why.
+        why: &'static str,
+    },
+    /// The states are too large for region 0.
+    #[error("the states need {wanted} frames with what comes after the seal, and region 0 has {free} left")]
+    NoRoom {
+        /// Frames that they need.
+        wanted: u64,
+        /// Frames that are free.
+        free: u64,
+    },
+    /// The session of the life before could not be left behind.
+    #[error("the machine is not ready for another update")]
+    Settle(#[source] SettleError),
+    /// A file refused its last callback.
+    #[error("cannot freeze the session")]
+    Freeze(#[source] luo::PreserveError),
+    /// The result could not be published.
+    #[error("cannot publish the sealed state")]
+    Publish(#[source] PublishError),
+    /// This process does not own the machine any more, or has sealed it already: the guest must not run here.
+    #[error("cannot give the machine up")]
+    Ownership(#[source] OwnershipError),
+}
+
+/// Why a machine was not taken back.
+#[derive(Debug, Error)]
+pub enum UnsealError {
+    /// The successor runs it: it must not run here.
+    #[error("the machine is not ours any more")]
+    Ownership(#[source] OwnershipError),
+}
+
+/// What a publish takes whatever it publishes: its lists of files, and what `kho` keeps for the commit alone.
+const SPARE_FRAMES: u64 = 64;
+
+/// A machine that this process owns: it may run the guest, and it alone writes the metadata.
+#[derive(Debug)]
+pub struct Machine {
+    pub(crate) name: SessionName,
+    pub(crate) arena: Arena,
+    pub(crate) places: Vec<MemoryPlace>,
+    pub(crate) kho: Kho,
+    pub(crate) luo: Luo,
+    pub(crate) ownership: Ownership,
+    /// The word under which this process runs it, or sealed it.
+    pub(crate) word: OwnershipWord,
+    pub(crate) vm: Arc<VmFile>,
+    pub(crate) memories: Vec<Memory>,
+    pub(crate) states: Vec<Arc<StateFile>>,
+    /// All files are in an outgoing session of this life, and the received one is finished.
+    pub(crate) settled: bool,
+    pub(crate) _alive: LivenessLock,
+}
+
+impl Machine {
+    /// Makes a machine: its memory, its metadata, its session, all preserved from now on. `progress` gets bytes
+    /// warmed up and bytes in all.
+    ///
+    /// # Errors
+    /// [`CreateError`]; then nothing stays behind.
+    pub fn create(spec: &Spec, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, CreateError> {
+        let places = check(spec)?;
+        let identity = random_identity()?;
+        let (arena, memories) = make_regions(spec, &places, identity, progress)?;
+        let region0 = Arc::clone(&arena.regions()[0].mapping);
+        let (nonce, alive) = hold(region0.region())?;
+        let word =
+            region0.word(OWNERSHIP_ADDRESS).unwrap_or_else(|_| unreachable!("region 0 holds its header"));
+        let ownership = Ownership::new(word);
+        let word = ownership.begin(nonce);
+        let frames = layout::REGION0_BYTES / PAGE_SIZE;
+        let mut kho = Kho::format(Box::new(arena.clone()), identity, frames).map_err(CreateError::Commit)?;
+        write_region_table(&mut kho, &places).map_err(CreateError::Store)?;
+        let record = VmRecord { identity, vm_type: 0, vcpus: spec.vcpus };
+        let mut machine = Self {
+            name: spec.name,
+            luo: Luo::new(handlers(
+                &arena,
+                memories.iter().map(|memory| Arc::clone(&memory.inode)).collect(),
+            )),
+            arena,
+            places,
+            kho,
+            ownership,
+            word,
+            vm: VmFile::new(record),
+            memories,
+            states: spec.states.iter().map(|name| StateFile::new(*name, None)).collect(),
+            settled: false,
+            _alive: alive,
+        };
+        machine.settle().map_err(CreateError::Settle)?;
+        Ok(machine)
+    }
+
+    /// Puts every file of the machine into an outgoing session, and ends the one that was received, in one
+    /// step. Names what nobody had retrieved there. Does nothing if that is done.
+    ///
+    /// # Errors
+    /// [`SettleError`]
+    pub fn settle(&mut self) -> Result<Finished, SettleError> {
+        if self.settled {
+            return Ok(Finished::default());
+        }
+        let received = self.luo.incoming_sessions().any(|name| name == self.name);
+        let finished = match received {
+            true => self.luo.finish(&mut self.kho, self.name).map_err(SettleError::Finish)?,
+            false => Finished::default(),
+        };
+        if !self.luo.outgoing_sessions().any(|name| name == self.name) {
+            self.fill_session()?;
+        }
+        self.luo.publish(&mut self.kho).map_err(SettleError::Publish)?;
+        self.settled = true;
+        Ok(finished)
+    }
+
+    /// All files of the machine or no session: one with some of them must never be published.
+    fn fill_session(&mut self) -> Result<(), SettleError> {
+        self.luo.create_session(self.name).map_err(SettleError::Session)?;
+        for (token, file) in self.files() {
+            if let Err(error) = self.luo.preserve(&mut self.kho, self.name, token, file) {
+                let _ = self.luo.drop_session(&mut self.kho, self.name);
+                return Err(SettleError::Preserve(error));
+            }
+        }
+        Ok(())
+    }
+
+    fn files(&self) -> Vec<(Token, File)> {
+        let vm: File = Arc::clone(&self.vm) as File;
+        let memory = |(index, memory): (usize, &Memory)| {
+            (layout::memory_token(index), Arc::clone(&memory.inode) as File)
+        };
+        let state = |(index, state): (usize, &Arc<StateFile>)| {
+            (layout::state_token(index), Arc::clone(state) as File)
+        };
+        [(layout::VM_TOKEN, vm)]
+            .into_iter()
+            .chain(self.memories.iter().enumerate().map(memory))
+            .chain(self.states.iter().enumerate().map(state))
+            .collect()
+    }
+
+    /// Gives the machine up: writes the states, publishes them, and swaps the ownership word. From now on the
+    /// guest must not run here, unless the machine is [unsealed](Machine::unseal). Gives the seal's epoch.
+    ///
+    /// # Errors
+    /// [`SealError`]: one state for each name of the specification, guest memory frozen, room in region 0.
+    pub fn seal(&mut self, states: Vec<(StateName, Vec<u8>)>) -> Result<u32, SealError> {
+        self.settle().map_err(SealError::Settle)?;
+        let epoch =
+            ownership::seal(self.word, self.word).map_err(|lost| SealError::Ownership(lost.into()))?.epoch();
+        self.fill(states, epoch)?;
+        self.check_room()?;
+        let sealed = self.publish_sealed();
+        match sealed {
+            Ok(word) => {
+                self.word = word;
+                Ok(epoch)
+            }
+            // Whoever owns it now writes the metadata: not even what was just published may be undone here.
+            Err(error @ SealError::Ownership(_)) => Err(error),
+            Err(error) => {
+                self.unfreeze();
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(&self, states: Vec<(StateName, Vec<u8>)>, epoch: u32) -> Result<(), SealError> {
+        self.forget_states();
+        for (name, bytes) in states {
+            let file = self.states.iter().find(|file| file.name() == name);
+            let file = file.ok_or(SealError::State { name, why: "is none of this machine's" })?;
+            if file.saved().replace(Saved { epoch, bytes }).is_some() {
+                return Err(SealError::State { name, why: "is given twice" });
+            }
+        }
+        match self.states.iter().find(|file| file.saved().is_none()) {
+            Some(file) => Err(SealError::State { name: file.name(), why: "is missing" }),
+            None => Ok(()),
+        }
+    }
+
+    /// A seal leaves room for what follows it, here or in the successor: the way back and the way on both
+    /// write every record and list anew while the old ones still stand.
+    fn check_room(&self) -> Result<(), SealError> {
+        let frames = |file: &Arc<StateFile>| {
+            let blocks = file.saved().as_ref().map_or(0, |saved| saved.bytes.len()).div_ceil(PAGE_BYTES);
+            (1 + blocks + Descriptor::chunks(blocks)) as u64
+        };
+        let files = (1 + self.memories.len() + self.states.len()) as u64;
+        let states: u64 = self.states.iter().map(frames).sum();
+        let wanted = states + 2 * files + SPARE_FRAMES;
+        let free = (layout::REGION0_BYTES - self.kho.used_bytes()) / PAGE_SIZE;
+        if wanted > free { Err(SealError::NoRoom { wanted, free }) } else { Ok(()) }
+    }
+
+    fn forget_states(&self) {
+        self.states.iter().for_each(|file| *file.saved() = None);
+    }
+
+    fn publish_sealed(&mut self) -> Result<OwnershipWord, SealError> {
+        self.luo.freeze(&mut self.kho).map_err(SealError::Freeze)?;
+        self.luo.publish(&mut self.kho).map_err(SealError::Publish)?;
+        let running = self.word;
+        let sealed = self.ownership.transition(|found| ownership::seal(found, running));
+        sealed.map_err(SealError::Ownership)
+    }
+
+    /// Takes the machine back: the successor failed, or took too long. The guest may run here again.
+    ///
+    /// # Errors
+    /// [`UnsealError`] if the successor runs it: then it must not run here any more.
+    pub fn unseal(&mut self) -> Result<(), UnsealError> {
+        let sealed = self.word;
+        let back = self.ownership.transition(|found| ownership::take_back(found, sealed));
+        self.word = back.map_err(UnsealError::Ownership)?;
+        self.unfreeze();
+        Ok(())
+    }
+
+    /// Takes the saved states out of the session again.
+    fn unfreeze(&mut self) {
+        self.luo.unfreeze(&mut self.kho);
+        self.forget_states();
+        // Should it fail, the stale states stay until the next publish: their epoch tells that they are stale.
+        let _ = self.luo.publish(&mut self.kho);
+    }
+
+    /// Its name.
+    pub fn name(&self) -> SessionName {
+        self.name
+    }
+
+    /// Its identity.
+    pub fn identity(&self) -> Identity {
+        self.vm.record().identity
+    }
+
+    /// How many vCPUs it has.
+    pub fn vcpus(&self) -> u64 {
+        self.vm.record().vcpus
+    }
+
+    /// Its guest memory.
+    pub fn memories(&self) -> &[Memory] {
+        &self.memories
+    }
+
+    /// Names of the states that a seal needs.
+    pub fn state_names(&self) -> impl Iterator<Item = StateName> + '_ {
+        self.states.iter().map(|state| state.name())
+    }
+
+    /// Its regions, region 0 first: what a carrier hands over.
+    pub fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.arena.regions().iter().map(|placed| placed.mapping.region())
+    }
+
+    /// Where its regions lie in the arena, region 0 first.
+    pub fn places(&self) -> &[MemoryPlace] {
+        &self.places
+    }
+
+    /// The formats that its session uses.
+    pub fn formats(&self) -> Vec<String> {
+        let files = self.luo.compatibles().into_iter().map(|compatible| compatible.to_string());
+        arena_formats().into_iter().chain(files).collect()
+    }
+
+    /// The ownership word as it is now.
+    ///
+    /// # Errors
+    /// [`abi::Malformed`] if somebody wrote nonsense over it.
+    pub fn ownership(&self) -> Result<OwnershipWord, abi::Malformed> {
+        self.ownership.read()
+    }
+
+    /// Region 0, to be read: what a decoder is given.
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+}
+
+/// Every format that [`Incoming`](crate::Incoming) can read.
+pub fn readable_formats() -> Vec<String> {
+    let files = [abi::vm::FORMAT, abi::gmem::FORMAT, abi::state::FORMAT];
+    arena_formats().into_iter().chain(files.map(|format| format.compatible.to_owned())).collect()
+}
+
+/// Formats of the arena itself, whatever its session holds.
+pub(crate) fn arena_formats() -> Vec<String> {
+    let own = ["tideover-arena-v1", regions::FORMAT.compatible];
+    [abi::kho::COMPATIBLE, abi::luo::COMPATIBLE].into_iter().chain(own).map(str::to_owned).collect()
+}
+
+fn check(spec: &Spec) -> Result<Vec<MemoryPlace>, CreateError> {
+    let name = spec.name;
+    let refuse = |why| Err(CreateError::Spec { name, why });
+    if spec.memories.is_empty() {
+        return refuse("it has no memory");
+    }
+    if spec.memories.len() > layout::MAX_MEMORIES {
+        return refuse("it has more than 255 pieces of memory");
+    }
+    let whole = |memory: &MemorySpec| memory.size_bytes.is_multiple_of(memory.page_size.bytes());
+    if !spec.memories.iter().all(whole) {
+        return refuse("the size of its memory is no multiple of the page size asked for");
+    }
+    if repeated(spec.memories.iter().map(|memory| *memory.name.field()))
+        || repeated(spec.states.iter().map(|name| *name.field()))
+    {
+        return refuse("two pieces of its memory, or two of its states, have one name");
+    }
+    let sizes: Vec<(u64, u64)> =
+        spec.memories.iter().map(|memory| (memory.size_bytes, memory.page_size.bytes())).collect();
+    match layout::places(&sizes) {
+        Some(places) => Ok(places),
+        None => refuse("its memory is larger than an address space"),
+    }
+}
+
+fn repeated(names: impl Iterator<Item = [u8; 32]>) -> bool {
+    let mut seen = BTreeSet::new();
+    names.into_iter().any(|name| !seen.insert(name))
+}
+
+fn random_identity() -> Result<Identity, CreateError> {
+    let mut bits = [0; 16];
+    getrandom::fill(&mut bits).map_err(CreateError::Random)?;
+    Ok(Identity::new(bits))
+}
+
+/// Draws a nonce that nobody holds, and holds it.
+pub(crate) fn hold(region0: &Region) -> Result<(Nonce, LivenessLock), CreateError> {
+    loop {
+        let bits = getrandom::u32().map_err(CreateError::Random)?;
+        let Some(nonce) = Nonce::new(bits >> 8) else { continue };
+        match LivenessLock::take(region0, nonce.get()) {
+            Ok(lock) => return Ok((nonce, lock)),
+            Err(LivenessError::Taken { .. }) => {}
+            Err(error) => return Err(CreateError::Liveness(error)),
+        }
+    }
+}
+
+fn make_regions(
+    spec: &Spec,
+    places: &[MemoryPlace],
+    identity: Identity,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(Arena, Vec<Memory>), CreateError> {
+    let make = |name: String, bytes: u64| -> Result<Arc<Mapping>, CreateError> {
+        let region = Region::create(&name, bytes).map_err(CreateError::Region)?;
+        Ok(Arc::new(region.map().map_err(CreateError::Region)?))
+    };
+    let mut arena = Arena::new(make(format!("{}.metadata", spec.name), layout::REGION0_BYTES)?);
+    let mut memories = Vec::new();
+    let total: u64 = spec.memories.iter().map(|memory| memory.size_bytes).sum();
+    let mut done = 0;
+    for (memory, place) in spec.memories.iter().zip(&places[1..]) {
+        let mapping = make(format!("{}.{}", spec.name, memory.name), memory.size_bytes)?;
+        let account = match memory.prefault {
+            true => Some(
+                mapping
+                    .warm(memory.page_size, &mut |here, _| progress(done + here, total))
+                    .map_err(CreateError::Warm)?,
+            ),
+            false => None,
+        };
+        done += memory.size_bytes;
+        let flags = flags::MMAP | flags::INIT_SHARED;
+        let inode = Inode::new(memory.name, identity, Arc::clone(&mapping), place.frames, flags);
+        memories.push(Memory { inode, page_bytes: place.page_bytes, account });
+        // The places were made so that they do not overlap.
+        let _ = arena.place(place.frames, mapping);
+    }
+    Ok((arena, memories))
+}
+
+fn write_region_table(kho: &mut Kho, places: &[MemoryPlace]) -> Result<(), StoreError> {
+    let entries: Vec<_> = places.iter().map(MemoryPlace::entry).collect();
+    let bytes = regions::encode(&entries);
+    let data = kho.store(&bytes)?.start().address();
+    kho.set_subtree(Subtree { name: regions::SUBTREE, data, size: bytes.len() as u64 });
+    Ok(())
+}
+
+/// The handlers of every machine.
+pub(crate) fn handlers(arena: &Arena, known: Vec<Arc<Inode>>) -> Handlers {
+    let mut handlers = Handlers::default();
+    let registered: Result<(), RegisterError> = (|| {
+        handlers.register(VmHandler)?;
+        handlers.register(GmemHandler::new(arena.clone(), known))?;
+        handlers.register(StateHandler)
+    })();
+    debug_assert!(registered.is_ok(), "three kinds");
+    handlers
+}

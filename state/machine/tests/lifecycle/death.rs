@@ -1,0 +1,77 @@
+//! A process dies, as far as the machine can tell: all that it held is closed.
+
+use abi::arena::OwnershipState;
+use tideover_machine::ClaimError;
+use tideover_machine::Incoming;
+
+use crate::assert_states;
+use crate::attach;
+use crate::claim;
+use crate::rig::assert_filled;
+use crate::rig::inodes;
+use crate::rig::machine;
+use crate::rig::offered;
+use crate::rig::spec;
+use crate::seal;
+
+#[test]
+fn before_the_seal_leaves_the_memory_and_a_dead_owner() {
+    let owner = machine(&spec("dies-running", &[4], &["vcpu0"]));
+    let regions = offered(&owner);
+    let incoming = attach(&owner);
+    let word = incoming.ownership().unwrap();
+    assert!(incoming.owner_lives(word).unwrap());
+    drop(owner);
+    assert_eq!(incoming.ownership().unwrap(), word);
+    assert!(!incoming.owner_lives(word).unwrap());
+
+    let found = Incoming::attach(regions).unwrap();
+    assert_eq!(found.ownership().unwrap(), word);
+    assert!(!found.owner_lives(word).unwrap());
+    assert_filled(found.memories());
+    assert!(matches!(found.claim(word.epoch()), Err(ClaimError::Ownership(_))));
+}
+
+#[test]
+fn after_the_seal_leaves_a_machine_to_be_claimed() {
+    let mut owner = machine(&spec("dies-sealed", &[4, 8], &["vcpu0", "serial"]));
+    let regions = offered(&owner);
+    let names: Vec<_> = owner.state_names().collect();
+    let (_, frozen) = seal(&mut owner, 6000, 4);
+    drop((owner, frozen));
+    let found = Incoming::attach(regions).unwrap();
+    let word = found.ownership().unwrap();
+    assert_eq!(word.state(), OwnershipState::Sealed);
+    assert!(!found.owner_lives(word).unwrap());
+    let claimed = found.claim(word.epoch()).unwrap();
+    assert_states(&claimed, &names, 6000, 4);
+    let mut successor = claimed.run().unwrap();
+    successor.settle().unwrap();
+    assert_filled(&inodes(&successor));
+}
+
+#[test]
+fn of_a_claimant_lets_the_predecessor_go_on() {
+    let mut predecessor = machine(&spec("claimant-dies", &[4], &["vcpu0"]));
+    let claimed = claim(&mut predecessor, 1);
+    let word = predecessor.ownership().unwrap();
+    let watcher = attach(&predecessor);
+    assert!(watcher.owner_lives(word).unwrap());
+    drop(claimed);
+    assert!(!watcher.owner_lives(word).unwrap());
+    predecessor.unseal().unwrap();
+    claim(&mut predecessor, 2).run().unwrap();
+}
+
+#[test]
+fn before_settling_leaves_the_session_as_it_was_received() {
+    let mut predecessor = machine(&spec("dies-unsettled", &[4], &["vcpu0"]));
+    let regions = offered(&predecessor);
+    let successor = claim(&mut predecessor, 1).run().unwrap();
+    let word = successor.ownership().unwrap();
+    drop((predecessor, successor));
+    let found = Incoming::attach(regions).unwrap();
+    assert_eq!(found.ownership().unwrap(), word);
+    assert!(!found.owner_lives(word).unwrap());
+    assert_filled(found.memories());
+}
