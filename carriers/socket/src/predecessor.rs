@@ -1,0 +1,344 @@
+//! The side that runs the guest, and gives it up.
+
+use std::error::Error as StdError;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::process;
+use std::time::Duration;
+
+use fdpass::Channel;
+use fdpass::Deadline;
+use fdpass::monotonic_ns;
+use gmem::Freeze;
+use gmem::FreezeError;
+use machine::Machine;
+use machine::SealError;
+use machine::UnsealError;
+use machine::update::Guest;
+use machine::update::Observer;
+use machine::update::Step;
+use machine::update::Timeline;
+use thiserror::Error;
+use tracing::info;
+use tracing::warn;
+
+use crate::Timeouts;
+use crate::message;
+use crate::message::LinkError;
+use crate::message::Message;
+use crate::message::PROTOCOL;
+
+/// What the predecessor offers beside the machine.
+#[derive(Debug, Default)]
+pub struct Offer<'a> {
+    /// Formats of the VMM's own states, which the successor has to be able to read, too.
+    pub formats: Vec<String>,
+    /// Other descriptors that go with the machine, each with a name.
+    pub descriptors: Vec<(String, BorrowedFd<'a>)>,
+    /// Anything that the VMM tells its successor.
+    pub vmm: serde_json::Value,
+    /// How long to wait.
+    pub timeouts: Timeouts,
+}
+
+/// How an update ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The successor runs the guest. The machine is not this process's any more.
+    Updated(Report),
+    /// The guest runs on in this process.
+    RolledBack {
+        /// Why.
+        reason: Reason,
+        /// The last step that was reached.
+        after: Option<Step>,
+        /// How long the guest stood still, if it did.
+        pause: Option<Duration>,
+    },
+}
+
+/// What an update took.
+#[derive(Debug, Clone)]
+pub struct Report {
+    /// This process.
+    pub predecessor_pid: u32,
+    /// The process that runs the guest now: as the kernel says if it connected, as it says itself if it was
+    /// started.
+    pub successor_pid: u32,
+    /// When each step was reached, by either side.
+    pub timeline: Timeline,
+    /// Tokens of files that the successor did not retrieve: they are gone.
+    pub unclaimed: Vec<u64>,
+    /// What the successor's VMM tells.
+    pub vmm: serde_json::Value,
+}
+
+impl Report {
+    /// How long the guest stood still: from the predecessor's last step with a running guest to the successor's
+    /// first.
+    pub fn pause(&self) -> Duration {
+        self.timeline.between(Step::Warm, Step::Running).unwrap_or_default()
+    }
+}
+
+/// Why the guest runs on in the predecessor.
+#[derive(Debug, Error)]
+pub enum Reason {
+    /// The other process is another user's.
+    #[error("the successor is not to be trusted")]
+    Peer(#[source] fdpass::PeerError),
+    /// The successor is gone, silent, refuses, or says something else than is due.
+    #[error("the successor did not get to {step}")]
+    Link {
+        /// The step that was to come.
+        step: Step,
+        /// Why.
+        #[source]
+        source: LinkError,
+    },
+    /// The successor cannot read what it would get.
+    #[error("the successor cannot read {}", .formats.join(", "))]
+    Formats {
+        /// The formats.
+        formats: Vec<String>,
+    },
+    /// Guest memory could not be frozen.
+    #[error("cannot freeze the guest's memory")]
+    Freeze(#[source] FreezeError),
+    /// The guest could not be paused or saved.
+    #[error("cannot get to {step}")]
+    Guest {
+        /// The step that was to come.
+        step: Step,
+        /// Why.
+        #[source]
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// The machine could not be sealed.
+    #[error("cannot seal the machine")]
+    Seal(#[source] SealError),
+}
+
+/// The guest runs nowhere.
+#[derive(Debug, Error)]
+pub enum Fatal {
+    /// The update failed, and the guest could not be resumed.
+    #[error("the update failed ({reason}), and the guest cannot be resumed")]
+    Resume {
+        /// Why the update failed.
+        reason: Box<Reason>,
+        /// Why the guest cannot be resumed.
+        #[source]
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// The ownership word is destroyed: nobody can tell who may run the guest.
+    #[error("the update failed ({reason}), and nobody can tell who owns the machine")]
+    Ownership {
+        /// Why the update failed.
+        reason: Box<Reason>,
+        /// What was found.
+        #[source]
+        source: UnsealError,
+    },
+}
+
+/// One update, from the predecessor's side.
+struct Update<'a, G: Guest> {
+    machine: &'a mut Machine,
+    guest: &'a mut G,
+    channel: &'a Channel,
+    offer: &'a Offer<'a>,
+    observer: &'a mut dyn Observer,
+    timeline: Timeline,
+    successor_pid: u32,
+    paused: bool,
+    sealed: bool,
+}
+
+/// Hands the machine over to the successor at the other end of `channel`.
+///
+/// When this returns [`Outcome::Updated`], the successor runs the guest: what is left to do is to drop the
+/// guest's VM and the machine. With [`Outcome::RolledBack`] the guest runs on here, and another update may
+/// be tried.
+///
+/// # Errors
+/// [`Fatal`] if the guest runs nowhere.
+pub fn hand_over<G: Guest>(
+    machine: &mut Machine,
+    guest: &mut G,
+    channel: &Channel,
+    offer: &Offer<'_>,
+    observer: &mut dyn Observer,
+) -> Result<Outcome, Fatal> {
+    let mut update = Update {
+        machine,
+        guest,
+        channel,
+        offer,
+        observer,
+        timeline: Timeline::default(),
+        successor_pid: 0,
+        paused: false,
+        sealed: false,
+    };
+    match update.prepare().and_then(|freezes| update.pause_and_seal().map(|()| freezes)) {
+        Ok(freezes) => update.finish(freezes),
+        Err(reason) => update.go_back(reason),
+    }
+}
+
+impl<G: Guest> Update<'_, G> {
+    fn reached(&mut self, step: Step) {
+        self.timeline.note(step, monotonic_ns());
+        self.observer.reached(step);
+    }
+
+    fn note(&mut self, steps: &[(String, u64)]) {
+        // The successor's own words: steps that it does not have are passed over.
+        let known = steps.iter().filter_map(|(name, at)| Some((Step::named(name)?, *at)));
+        known.for_each(|(step, at)| self.timeline.note(step, at));
+    }
+
+    /// Everything that happens while the guest runs.
+    fn prepare(&mut self) -> Result<Vec<Freeze>, Reason> {
+        let deadline = Deadline::after(self.offer.timeouts.prepare);
+        self.channel.require_same_user().map_err(Reason::Peer)?;
+        self.agree(deadline)?;
+        let freeze = |memory: &machine::Memory| memory.inode.freeze().map_err(Reason::Freeze);
+        let freezes = self.machine.memories().iter().map(freeze).collect::<Result<Vec<_>, _>>()?;
+        let link = |step| move |source| Reason::Link { step, source };
+        let mut fds: Vec<BorrowedFd<'_>> = self.machine.regions().map(AsFd::as_fd).collect();
+        fds.extend(self.offer.descriptors.iter().map(|(_, fd)| *fd));
+        message::send(self.channel, &Message::Memory, &fds, deadline).map_err(link(Step::Received))?;
+        let (warm, _) = message::receive(self.channel, "warm", deadline).map_err(link(Step::Warm))?;
+        if let Message::Warm { steps } = warm {
+            self.note(&steps);
+        }
+        // What the successor sees of it later is late; the pause begins after this moment.
+        self.timeline.note(Step::Warm, monotonic_ns());
+        self.observer.reached(Step::Warm);
+        Ok(freezes)
+    }
+
+    /// Who are you, and can you read what you would get?
+    fn agree(&mut self, deadline: Deadline) -> Result<(), Reason> {
+        let link = |step| move |source| Reason::Link { step, source };
+        let (hello, _) = message::receive(self.channel, "hello", deadline).map_err(link(Step::Connected))?;
+        let Message::Hello { protocol, program, version, pid, reads } = hello else { return Ok(()) };
+        if protocol != PROTOCOL {
+            return Err(link(Step::Connected)(LinkError::Protocol { theirs: protocol }));
+        }
+        // Of a socket pair the kernel names only its maker; then the successor's own word has to do.
+        let peer = self.channel.peer().map_or(0, |peer| peer.pid);
+        self.successor_pid = if peer == 0 || peer == process::id() { pid } else { peer };
+        info!(pid, program = %program.escape_debug(), version = %version.escape_debug(), "a successor is here");
+        self.reached(Step::Connected);
+        let formats: Vec<String> =
+            self.machine.formats().into_iter().chain(self.offer.formats.clone()).collect();
+        let unread: Vec<String> = formats.iter().filter(|format| !reads.contains(format)).cloned().collect();
+        if !unread.is_empty() {
+            self.refuse(&format!("formats that you cannot read: {}", unread.join(", ")));
+            return Err(Reason::Formats { formats: unread });
+        }
+        let offer = Message::Offer {
+            protocol: PROTOCOL,
+            identity: self.machine.identity().to_string(),
+            formats,
+            regions: self.machine.regions().map(region::Region::len_bytes).collect(),
+            descriptors: self.offer.descriptors.iter().map(|(name, _)| name.clone()).collect(),
+            vmm: self.offer.vmm.clone(),
+        };
+        message::send(self.channel, &offer, &[], deadline).map_err(link(Step::Offered))?;
+        message::receive(self.channel, "accept", deadline).map_err(link(Step::Offered))?;
+        self.reached(Step::Offered);
+        Ok(())
+    }
+
+    /// The predecessor's half of the pause.
+    fn pause_and_seal(&mut self) -> Result<(), Reason> {
+        let failed = |step| move |source: G::Error| Reason::Guest { step, source: Box::new(source) };
+        self.paused = true;
+        self.guest.pause().map_err(failed(Step::Paused))?;
+        self.reached(Step::Paused);
+        let states = self.guest.save().map_err(failed(Step::Saved))?;
+        self.reached(Step::Saved);
+        let epoch = self.machine.seal(states).map_err(Reason::Seal)?;
+        self.sealed = true;
+        self.reached(Step::Sealed);
+        let deadline = Deadline::after(self.offer.timeouts.hand_over);
+        let link = |source| Reason::Link { step: Step::Running, source };
+        message::send(self.channel, &Message::Sealed { epoch }, &[], deadline).map_err(link)?;
+        let (running, _) = message::receive(self.channel, "running", deadline).map_err(link)?;
+        if let Message::Running { steps } = running {
+            self.note(&steps);
+        }
+        Ok(())
+    }
+
+    /// The successor says that it runs the guest; the ownership word has to say so, too.
+    fn finish(mut self, freezes: Vec<Freeze>) -> Result<Outcome, Fatal> {
+        let ours = self.machine.unseal();
+        if ours.is_ok() {
+            self.sealed = false;
+            let source = LinkError::Unexpected { awaited: "the ownership word", came: "running".to_owned() };
+            return self.go_back(Reason::Link { step: Step::Running, source });
+        }
+        self.observer.reached(Step::Running);
+        Ok(Outcome::Updated(self.report(freezes)))
+    }
+
+    fn report(mut self, freezes: Vec<Freeze>) -> Report {
+        let deadline = Deadline::after(self.offer.timeouts.prepare);
+        let mut unclaimed = Vec::new();
+        let mut vmm = serde_json::Value::Null;
+        match message::receive(self.channel, "settled", deadline) {
+            Ok((Message::Settled { steps, unclaimed: tokens, vmm: told }, _)) => {
+                self.note(&steps);
+                unclaimed = tokens;
+                vmm = told;
+            }
+            Ok(_) => {}
+            Err(error) => {
+                warn!(error = &error as &dyn StdError, "the successor runs the guest, and is silent")
+            }
+        }
+        drop(freezes);
+        self.observer.reached(Step::Settled);
+        let (predecessor_pid, successor_pid) = (process::id(), self.successor_pid);
+        Report { predecessor_pid, successor_pid, timeline: self.timeline, unclaimed, vmm }
+    }
+
+    fn refuse(&self, reason: &str) {
+        let soon = Deadline::after(Duration::from_millis(100));
+        // It may be gone: then it need not be told.
+        let _ = message::send(self.channel, &Message::Refuse { reason: reason.to_owned() }, &[], soon);
+    }
+
+    /// The guest runs on here, unless the successor was faster.
+    fn go_back(mut self, reason: Reason) -> Result<Outcome, Fatal> {
+        let after = self.timeline.reached().last().map(|(step, _)| *step);
+        if self.sealed {
+            match self.machine.unseal() {
+                Ok(()) => {}
+                Err(UnsealError::Ownership(machine::ownership::OwnershipError::Lost(lost))) => {
+                    // It runs the guest, though it could not say so: an update, with a poor report.
+                    warn!(reason = &reason as &dyn StdError, word = ?lost.found, "the successor owns the machine");
+                    self.timeline.note(Step::Running, monotonic_ns());
+                    return Ok(Outcome::Updated(self.report(Vec::new())));
+                }
+                Err(source) => return Err(Fatal::Ownership { reason: Box::new(reason), source }),
+            }
+        }
+        let mut pause = None;
+        if self.paused {
+            if let Err(source) = self.guest.resume() {
+                return Err(Fatal::Resume { reason: Box::new(reason), source: Box::new(source) });
+            }
+            let stopped = self.timeline.at_ns(Step::Warm);
+            pause = stopped.map(|stopped| Duration::from_nanos(monotonic_ns().saturating_sub(stopped)));
+        }
+        self.refuse(&format!("the update is off: {reason}"));
+        warn!(reason = &reason as &dyn StdError, ?after, "the update is off; the guest runs on here");
+        Ok(Outcome::RolledBack { reason, after, pause })
+    }
+}

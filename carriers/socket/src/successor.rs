@@ -1,0 +1,375 @@
+//! The side that takes the guest over.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process;
+
+use fdpass::Channel;
+use fdpass::ConnectError;
+use fdpass::Deadline;
+use fdpass::PeerError;
+use fdpass::StdinError;
+use fdpass::monotonic_ns;
+use machine::AttachError;
+use machine::ClaimError;
+use machine::Claimed;
+use machine::Incoming;
+use machine::Machine;
+use machine::OfferedRegion;
+use machine::SettleError;
+use machine::StateName;
+use machine::ownership::OwnershipError;
+use machine::update::Observer;
+use machine::update::Step;
+use machine::update::Timeline;
+use thiserror::Error;
+use uffd::Activity;
+use uffd::PopulateError;
+use uffd::Populated;
+
+use crate::Timeouts;
+use crate::message;
+use crate::message::LinkError;
+use crate::message::Message;
+use crate::message::PROTOCOL;
+
+/// Why this process did not take the machine over. The predecessor runs it on, or will.
+#[derive(Debug, Error)]
+pub enum SuccessorError {
+    /// There is no predecessor at that path.
+    #[error("cannot connect to the predecessor")]
+    Connect(#[source] ConnectError),
+    /// This process was not started by a predecessor.
+    #[error("cannot find the predecessor")]
+    Stdin(#[source] StdinError),
+    /// The other process is another user's.
+    #[error("the predecessor is not to be trusted")]
+    Peer(#[source] PeerError),
+    /// The predecessor is gone, silent, gives up, or says something else than is due.
+    #[error("the predecessor did not get this process to {step}")]
+    Link {
+        /// The step that was to come.
+        step: Step,
+        /// Why.
+        #[source]
+        source: LinkError,
+    },
+    /// The machine is kept in formats that this program does not know.
+    #[error("this program cannot read {}", .formats.join(", "))]
+    Formats {
+        /// The formats, escaped.
+        formats: Vec<String>,
+    },
+    /// Descriptors came that were not announced, or did not come.
+    #[error("{came} descriptors came, {announced} were announced")]
+    Descriptors {
+        /// Announced.
+        announced: usize,
+        /// Came.
+        came: usize,
+    },
+    /// The regions are not those of a machine.
+    #[error("cannot accept the machine")]
+    Attach(#[source] AttachError),
+    /// Guest memory could not be populated.
+    #[error("cannot populate the guest's memory")]
+    Populate(#[source] PopulateError),
+    /// The machine could not be claimed.
+    #[error("cannot claim the machine")]
+    Claim(#[source] ClaimError),
+    /// The predecessor took the machine back.
+    #[error("the machine was taken back")]
+    Run(#[source] OwnershipError),
+    /// The machine runs here, and is not ready for another update.
+    #[error("the machine runs here, but its session is not settled")]
+    Settle(#[source] SettleError),
+}
+
+/// A process that is to take a machine over, connected to the one that runs it.
+#[derive(Debug)]
+pub struct Successor {
+    channel: Channel,
+    timeouts: Timeouts,
+    timeline: Timeline,
+    regions: Vec<u64>,
+    descriptors: Vec<String>,
+    vmm: serde_json::Value,
+}
+
+fn link(step: Step) -> impl Fn(LinkError) -> SuccessorError {
+    move |source| SuccessorError::Link { step, source }
+}
+
+impl Successor {
+    /// Speaks to the predecessor that listens at `path`. See [`Successor::greet`].
+    ///
+    /// # Errors
+    /// [`SuccessorError`]
+    pub fn connect(path: &Path, formats: &[&str], timeouts: Timeouts) -> Result<Self, SuccessorError> {
+        let channel =
+            fdpass::connect(path, Deadline::after(timeouts.prepare)).map_err(SuccessorError::Connect)?;
+        Self::greet(channel, formats, timeouts)
+    }
+
+    /// Speaks to the predecessor that started this process, through its standard input. See
+    /// [`Successor::greet`].
+    ///
+    /// # Errors
+    /// [`SuccessorError`]
+    pub fn from_stdin(formats: &[&str], timeouts: Timeouts) -> Result<Self, SuccessorError> {
+        Self::greet(Channel::from_stdin().map_err(SuccessorError::Stdin)?, formats, timeouts)
+    }
+
+    /// Says what this program is and can read, and hears what it would get. `formats` are those of the VMM's own
+    /// states.
+    ///
+    /// # Errors
+    /// [`SuccessorError`]: what could not be read later is refused now.
+    pub fn greet(channel: Channel, formats: &[&str], timeouts: Timeouts) -> Result<Self, SuccessorError> {
+        channel.require_same_user().map_err(SuccessorError::Peer)?;
+        let deadline = Deadline::after(timeouts.prepare);
+        let own = formats.iter().map(|format| (*format).to_owned());
+        let reads: Vec<String> = machine::readable_formats().into_iter().chain(own).collect();
+        let hello = Message::Hello {
+            protocol: PROTOCOL,
+            program: std::env::args().next().unwrap_or_default(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: process::id(),
+            reads: reads.clone(),
+        };
+        message::send(&channel, &hello, &[], deadline).map_err(link(Step::Connected))?;
+        let (offer, _) = message::receive(&channel, "offer", deadline).map_err(link(Step::Offered))?;
+        let Message::Offer { protocol, formats, regions, descriptors, vmm, .. } = offer else {
+            return Err(link(Step::Offered)(LinkError::Closed));
+        };
+        let successor = Self { channel, timeouts, timeline: Timeline::default(), regions, descriptors, vmm };
+        if protocol != PROTOCOL {
+            return Err(successor.refuse(link(Step::Offered)(LinkError::Protocol { theirs: protocol })));
+        }
+        let unread = formats.iter().filter(|format| !reads.contains(format));
+        let unread: Vec<String> = unread.map(|format| format.escape_debug().to_string()).collect();
+        if !unread.is_empty() {
+            return Err(successor.refuse(SuccessorError::Formats { formats: unread }));
+        }
+        message::send(&successor.channel, &Message::Accept, &[], deadline).map_err(link(Step::Offered))?;
+        Ok(successor)
+    }
+
+    /// What the predecessor's VMM tells.
+    pub fn vmm(&self) -> &serde_json::Value {
+        &self.vmm
+    }
+
+    fn refuse(&self, error: SuccessorError) -> SuccessorError {
+        refuse(&self.channel, error)
+    }
+
+    /// Gets the regions, checks and maps them. The predecessor's guest runs in them.
+    ///
+    /// # Errors
+    /// [`SuccessorError`]
+    pub fn attach(mut self, observer: &mut dyn Observer) -> Result<Attached, SuccessorError> {
+        let deadline = Deadline::after(self.timeouts.prepare);
+        let (_, fds) = message::receive(&self.channel, "memory", deadline).map_err(link(Step::Received))?;
+        let (came, announced) = (fds.len(), self.regions.len() + self.descriptors.len());
+        if came != announced {
+            return Err(self.refuse(SuccessorError::Descriptors { announced, came }));
+        }
+        reached(&mut self.timeline, observer, Step::Received);
+        let mut fds = fds.into_iter();
+        let regions =
+            self.regions.iter().zip(fds.by_ref()).map(|(len, fd)| OfferedRegion { fd, len_bytes: *len });
+        let incoming = Incoming::attach(regions.collect());
+        let incoming = incoming.map_err(|error| self.refuse(SuccessorError::Attach(error)))?;
+        reached(&mut self.timeline, observer, Step::Attached);
+        let descriptors = self.descriptors.drain(..).zip(fds).collect();
+        Ok(Attached {
+            channel: self.channel,
+            timeouts: self.timeouts,
+            timeline: self.timeline,
+            incoming,
+            descriptors,
+            vmm: self.vmm,
+        })
+    }
+}
+
+fn reached(timeline: &mut Timeline, observer: &mut dyn Observer, step: Step) {
+    timeline.note(step, monotonic_ns());
+    observer.reached(step);
+}
+
+fn refuse(channel: &Channel, error: SuccessorError) -> SuccessorError {
+    let soon = Deadline::after(std::time::Duration::from_millis(100));
+    let reason = chain(&error);
+    // It may be gone: then it need not be told.
+    let _ = message::send(channel, &Message::Refuse { reason }, &[], soon);
+    error
+}
+
+/// An error with all its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn steps(timeline: &Timeline) -> Vec<(String, u64)> {
+    timeline.reached().iter().map(|(step, at)| (step.name().to_owned(), *at)).collect()
+}
+
+/// The machine is mapped here, and runs in the predecessor. The VMM makes its VM now, with all that does not
+/// need the guest's state.
+#[derive(Debug)]
+pub struct Attached {
+    channel: Channel,
+    timeouts: Timeouts,
+    timeline: Timeline,
+    incoming: Incoming,
+    descriptors: BTreeMap<String, OwnedFd>,
+    vmm: serde_json::Value,
+}
+
+impl Attached {
+    /// The machine.
+    pub fn incoming(&self) -> &Incoming {
+        &self.incoming
+    }
+
+    /// What the predecessor's VMM tells.
+    pub fn vmm(&self) -> &serde_json::Value {
+        &self.vmm
+    }
+
+    /// Takes the descriptor of this name that came with the machine.
+    pub fn take_descriptor(&mut self, name: &str) -> Option<OwnedFd> {
+        self.descriptors.remove(name)
+    }
+
+    /// Enters the pages of guest memory that are present into this process's page tables, so that the guest does
+    /// not pay for it after the update. Holes stay holes. `progress` gets bytes done and bytes in all, for each
+    /// piece of memory.
+    ///
+    /// # Errors
+    /// [`SuccessorError::Populate`]; the update can go on without.
+    pub fn populate(&self, progress: &mut dyn FnMut(usize, usize)) -> Result<Vec<Populated>, SuccessorError> {
+        let populate = |inode: &std::sync::Arc<gmem::Inode>| {
+            let mapping = inode.mapping();
+            uffd::populate(mapping, mapping.region().as_fd(), Activity::Idle, progress)
+        };
+        self.incoming
+            .memories()
+            .iter()
+            .map(populate)
+            .collect::<Result<_, _>>()
+            .map_err(SuccessorError::Populate)
+    }
+
+    /// Gives up, and tells the predecessor why.
+    pub fn give_up(self, reason: &str) {
+        let soon = Deadline::after(std::time::Duration::from_millis(100));
+        // It may be gone: then it need not be told.
+        let _ = message::send(&self.channel, &Message::Refuse { reason: reason.to_owned() }, &[], soon);
+    }
+
+    /// Says that this side is ready, waits for the seal, and claims the machine.
+    ///
+    /// # Errors
+    /// [`SuccessorError`]. If the predecessor dies while it waits, the machine is claimed all the same if it was sealed.
+    pub fn claim(mut self, observer: &mut dyn Observer) -> Result<Handed, SuccessorError> {
+        reached(&mut self.timeline, observer, Step::Warm);
+        let deadline = Deadline::after(self.timeouts.prepare);
+        let warm = Message::Warm { steps: steps(&self.timeline) };
+        message::send(&self.channel, &warm, &[], deadline).map_err(link(Step::Warm))?;
+        let sealed = match message::receive(&self.channel, "sealed", deadline) {
+            Ok((Message::Sealed { epoch }, _)) => epoch,
+            Ok(_) => return Err(link(Step::Sealed)(LinkError::Closed)),
+            Err(error) => return Err(link(Step::Sealed)(error)),
+        };
+        let claimed = self.incoming.claim(sealed);
+        let claimed = claimed.map_err(|error| refuse(&self.channel, SuccessorError::Claim(error)))?;
+        reached(&mut self.timeline, observer, Step::Claimed);
+        Ok(Handed { channel: self.channel, timeline: self.timeline, timeouts: self.timeouts, claimed })
+    }
+}
+
+/// The machine is claimed, and stands still: its state is to be loaded now.
+#[derive(Debug)]
+pub struct Handed {
+    channel: Channel,
+    timeline: Timeline,
+    timeouts: Timeouts,
+    claimed: Claimed,
+}
+
+impl Handed {
+    /// The states that were sealed.
+    pub fn states(&self) -> &BTreeMap<StateName, Vec<u8>> {
+        self.claimed.states()
+    }
+
+    /// Gives up, and tells the predecessor why: it takes the machine back.
+    pub fn give_up(self, reason: &str) {
+        let soon = Deadline::after(std::time::Duration::from_millis(100));
+        // It may be gone: then it need not be told.
+        let _ = message::send(&self.channel, &Message::Refuse { reason: reason.to_owned() }, &[], soon);
+    }
+
+    /// Takes the machine over: the point of no return. The guest may run here from now on.
+    ///
+    /// # Errors
+    /// [`SuccessorError::Run`] if the predecessor took the machine back: the guest must not run here.
+    pub fn run(mut self, observer: &mut dyn Observer) -> Result<Running, SuccessorError> {
+        reached(&mut self.timeline, observer, Step::Loaded);
+        let machine = self.claimed.run().map_err(SuccessorError::Run)?;
+        reached(&mut self.timeline, observer, Step::Running);
+        Ok(Running { channel: self.channel, timeline: self.timeline, timeouts: self.timeouts, machine })
+    }
+}
+
+/// The machine is this process's. The predecessor does not know yet.
+#[derive(Debug)]
+pub struct Running {
+    channel: Channel,
+    timeline: Timeline,
+    timeouts: Timeouts,
+    machine: Machine,
+}
+
+impl Running {
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Tells the predecessor, ends the session that was received, and makes it stand again in this life. Call it
+    /// once the guest runs; `vmm` gives what the VMM tells the predecessor for its report.
+    ///
+    /// # Errors
+    /// [`SuccessorError::Settle`], with the machine: it runs on, and the next seal tries again.
+    pub fn settle(
+        self,
+        observer: &mut dyn Observer,
+        vmm: impl FnOnce() -> serde_json::Value,
+    ) -> Result<Machine, (Machine, SuccessorError)> {
+        let Self { channel, mut timeline, timeouts, mut machine } = self;
+        let deadline = Deadline::after(timeouts.prepare);
+        // If it is gone, it need not be told.
+        let _ = message::send(&channel, &Message::Running { steps: steps(&timeline) }, &[], deadline);
+        let finished = match machine.settle() {
+            Ok(finished) => finished,
+            Err(error) => return Err((machine, SuccessorError::Settle(error))),
+        };
+        reached(&mut timeline, observer, Step::Settled);
+        let unclaimed = finished.unclaimed.iter().map(|token| token.0).collect();
+        let settled = Message::Settled { steps: steps(&timeline), unclaimed, vmm: vmm() };
+        let _ = message::send(&channel, &settled, &[], deadline);
+        Ok(machine)
+    }
+}
