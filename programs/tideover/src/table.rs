@@ -1,0 +1,112 @@
+//! The demo's result for people.
+
+use ::vmm::control::UpdateOutcome;
+use ::vmm::control::UpdateReport;
+use comfy_table::CellAlignment;
+use comfy_table::Table;
+use comfy_table::presets;
+
+use crate::demo::Result;
+use crate::size;
+
+/// Steps that are shown: those of the pause.
+const PHASES: [&str; 6] = ["paused", "saved", "sealed", "claimed", "loaded", "running"];
+
+pub(crate) fn show(result: &Result) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header([
+        "update",
+        "VMM before",
+        "after",
+        "pause",
+        "seen by guest",
+        "ticks before",
+        "after",
+        "outcome",
+    ]);
+    for (number, update) in (1..).zip(&result.updates) {
+        table.add_row(row(number, update));
+    }
+    (0..7).for_each(|column| {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    });
+    let mut text = format!("{}\n{table}\n", heading(result));
+    for update in result.updates.iter().filter(|update| update.reason.is_some()) {
+        text += &format!("rolled back: {}\n", update.reason.as_deref().unwrap_or_default());
+    }
+    text += &phases(result);
+    text += &verdict(result);
+    text
+}
+
+fn heading(result: &Result) -> String {
+    let pages = match result.huge_bytes {
+        0 => format!("{} pages", size::show(result.page_size)),
+        huge if huge == result.memory_bytes => "2 MiB pages".to_owned(),
+        huge => format!("{} of it in 2 MiB pages", size::show(huge)),
+    };
+    let guest = match result.guest {
+        ::vmm::control::GuestKind::Kvm => "KVM guest",
+        ::vmm::control::GuestKind::Thread => "Guest that is a thread (no KVM)",
+    };
+    format!(
+        "{guest}, {} of memory ({pages}), store {}, carrier {}",
+        size::show(result.memory_bytes),
+        result.store,
+        result.carrier
+    )
+}
+
+fn row(number: u32, update: &UpdateReport) -> [String; 8] {
+    let optional = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    [
+        number.to_string(),
+        update.predecessor_pid.to_string(),
+        optional(update.successor_pid.map(|pid| pid.to_string())),
+        optional(update.pause_us.map(millis)),
+        optional(update.guest_pause_us.map(millis)),
+        update.ticks_before.to_string(),
+        optional(update.ticks_after.map(|ticks| ticks.to_string())),
+        match update.outcome {
+            UpdateOutcome::Updated => "updated".to_owned(),
+            UpdateOutcome::RolledBack => "rolled back".to_owned(),
+        },
+    ]
+}
+
+fn millis(us: f64) -> String {
+    format!("{:.2} ms", us / 1000.0)
+}
+
+/// The pause's phases: the median over all updates of each.
+fn phases(result: &Result) -> String {
+    let median = |phase: &str| {
+        let mut took: Vec<f64> =
+            result.updates.iter().filter_map(|update| update.phases_us.get(phase)).copied().collect();
+        took.sort_unstable_by(f64::total_cmp);
+        took.get(took.len() / 2).copied()
+    };
+    let shown: Vec<String> =
+        PHASES.iter().filter_map(|phase| Some(format!("{phase} {:.0}", median(phase)?))).collect();
+    if shown.is_empty() {
+        return String::new();
+    }
+    format!("phases of the pause (median, µs): {}\n", shown.join(", "))
+}
+
+fn verdict(result: &Result) -> String {
+    let mut text = format!("pages checked {}, lost {}\n", result.pages_checked, result.pages_lost);
+    if let Some(us) = result.time_to_full_speed_us {
+        text += &format!("time to full speed after an update: {} (from a sample of pages)\n", millis(us));
+    }
+    let updated = result.updates.iter().filter(|update| update.outcome == UpdateOutcome::Updated).count();
+    let all = result.updates.len();
+    text += &match result.verified {
+        true => format!("verified: {updated} of {all} updates, and no byte was lost\n"),
+        false => format!("NOT verified: {updated} of {all} updates, {} pages lost\n", result.pages_lost),
+    };
+    text
+}

@@ -1,0 +1,298 @@
+//! What a VMM is told, and what it answers: JSON, one message a packet of a Unix socket.
+//!
+//! One request is under way at a time; the answer may come from the next VMM's life.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use anyhow::bail;
+use fdpass::Channel;
+use fdpass::Deadline;
+use fdpass::MAX_MESSAGE_BYTES;
+use fdpass::ReceiveError;
+use serde::Deserialize;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Which guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestKind {
+    /// A VM of KVM.
+    Kvm,
+    /// A thread of the VMM.
+    Thread,
+}
+
+/// Which pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pages {
+    /// 2 MiB where they can be had, for the whole pages of the memory.
+    Huge,
+    /// 4 KiB.
+    Small,
+}
+
+/// What machine to make.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// Its name.
+    pub name: String,
+    /// Guest memory, in bytes: a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// The pages to ask for.
+    pub pages: Pages,
+    /// Give all pages memory before the guest runs.
+    pub prefault: bool,
+    /// The guest.
+    pub guest: GuestKind,
+}
+
+/// How a successor comes to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The VMM starts this program.
+    Program(PathBuf),
+    /// Somebody else starts it, and it connects to a socket at this path.
+    Listen(PathBuf),
+}
+
+/// An update that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateRequest {
+    /// Where the successor comes from.
+    pub successor: Source,
+    /// Enter present pages into the successor's page tables before the pause.
+    pub populate: bool,
+    /// Measure what the guest's first touches cost after the update.
+    pub probe: bool,
+    /// How long the guest may stand still before the update is called off, in milliseconds.
+    pub timeout_ms: u64,
+    /// How long the successor may take to get ready, in milliseconds.
+    pub prepare_timeout_ms: u64,
+}
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// How is the guest?
+    Status,
+    /// Replace the VMM.
+    Update(UpdateRequest),
+    /// Have the guest check all of its memory, then check it from outside while it stands still.
+    Check,
+    /// End the guest and the VMM.
+    Stop,
+}
+
+/// How the guest is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The process that runs it.
+    pub pid: u32,
+    /// The machine's identity, as hex.
+    pub identity: String,
+    /// The guest.
+    pub guest: GuestKind,
+    /// Its memory, in bytes.
+    pub memory_bytes: u64,
+    /// The page size asked for, in bytes.
+    pub page_size: u64,
+    /// Bytes of its memory that this process has mapped in huge pages.
+    pub huge_bytes: u64,
+    /// Why there are not more, as the kernel's error number, if it is known.
+    pub huge_refused: Option<i32>,
+    /// What it has counted.
+    pub ticks: u64,
+    /// Full passes over its memory.
+    pub passes: u64,
+    /// Wrong words that it found.
+    pub errors: u64,
+    /// Why it does not run any more, if so.
+    pub failure: Option<String>,
+}
+
+/// The outcome of an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpdateOutcome {
+    /// The successor runs the guest.
+    Updated,
+    /// The guest runs on where it did.
+    RolledBack,
+}
+
+/// What an update took.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UpdateReport {
+    /// The process that ran the guest.
+    pub predecessor_pid: u32,
+    /// The process that runs it now; `None` if the update was rolled back.
+    pub successor_pid: Option<u32>,
+    /// How it ended.
+    pub outcome: UpdateOutcome,
+    /// Why it was rolled back.
+    pub reason: Option<String>,
+    /// From the last guest instruction before to the first after, by the host's clock, in microseconds.
+    pub pause_us: Option<f64>,
+    /// The longest gap that the guest saw, by its own clock, in microseconds.
+    pub guest_pause_us: Option<f64>,
+    /// How long the way to each step took, in microseconds.
+    pub phases_us: BTreeMap<String, f64>,
+    /// What the guest had counted when it was stopped.
+    pub ticks_before: u64,
+    /// What it had counted a moment after it ran again.
+    pub ticks_after: Option<u64>,
+    /// What the guest's first touches after the update cost, if it was asked for.
+    pub probe: Option<ProbeReport>,
+}
+
+/// What touching memory costs after an update, of a sample of the guest's pages.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ProbeReport {
+    /// Pages of 4 KiB touched.
+    pub pages: u64,
+    /// One touch, right after the update, in nanoseconds.
+    pub cold_ns: f64,
+    /// One touch, the second time, in nanoseconds.
+    pub warm_ns: f64,
+    /// Until all memory is as fast as before, if the guest touched nothing else: the difference, for
+    /// all of its pages, in microseconds.
+    pub time_to_full_speed_us: f64,
+}
+
+/// What a check of the memory found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckReport {
+    /// Pages of 4 KiB that the host compared.
+    pub pages_checked: u64,
+    /// Pages that do not hold what they should, found by the host.
+    pub pages_lost: u64,
+    /// Wrong words that the guest has found in its whole life.
+    pub guest_errors: u64,
+    /// Times that the guest found registers lost.
+    pub registers_lost: u64,
+    /// Full passes that the guest made over its memory since the check was asked for.
+    pub guest_passes: u64,
+    /// What was wrong, if something was.
+    pub first_bad: Option<String>,
+}
+
+/// An answer, or what comes before it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// Something takes a while.
+    Progress {
+        /// What, as `warming`.
+        what: String,
+        /// Done.
+        done: u64,
+        /// Of.
+        of: u64,
+    },
+    /// The guest runs.
+    Status(Status),
+    /// An update ended.
+    Update(Box<UpdateReport>),
+    /// A check ended.
+    Check(CheckReport),
+    /// The guest has ended, and the VMM is about to.
+    Stopped,
+    /// It could not be done.
+    Error(String),
+}
+
+/// Sends a message.
+///
+/// # Errors
+/// If the other side is gone, or takes too long to read.
+pub fn send(channel: &Channel, message: &impl Serialize) -> anyhow::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    channel.send(&bytes, &[], Deadline::after(Duration::from_secs(5)))?;
+    Ok(())
+}
+
+/// Receives a message; `None` if the other side is gone.
+///
+/// # Errors
+/// If nothing comes in time, or nothing that can be read.
+pub fn receive<T: DeserializeOwned>(channel: &Channel, deadline: Deadline) -> anyhow::Result<Option<T>> {
+    match channel.receive(MAX_MESSAGE_BYTES, 0, deadline) {
+        Ok(message) => Ok(Some(serde_json::from_slice(&message.bytes)?)),
+        Err(ReceiveError::Closed) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The other end of a VMM's control channel.
+#[derive(Debug)]
+pub struct Client {
+    channel: Channel,
+}
+
+impl Client {
+    /// Speaks to the VMM at the other end.
+    pub fn new(channel: Channel) -> Self {
+        Self { channel }
+    }
+
+    /// Waits for the next answer; what comes before it goes to `progress`.
+    ///
+    /// # Errors
+    /// If the VMM is gone, or says that it cannot.
+    pub fn answer(&self, progress: &mut dyn FnMut(&str, u64, u64)) -> anyhow::Result<Answer> {
+        loop {
+            let answer = receive(&self.channel, Deadline::never()).context("cannot read the VMM's answer")?;
+            match answer {
+                Some(Answer::Progress { what, done, of }) => progress(&what, done, of),
+                Some(Answer::Error(error)) => bail!("{error}"),
+                Some(answer) => return Ok(answer),
+                None => bail!("the VMM is gone"),
+            }
+        }
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// As [`Client::answer`].
+    pub fn ask(&self, request: &Request, progress: &mut dyn FnMut(&str, u64, u64)) -> anyhow::Result<Answer> {
+        send(&self.channel, request).context("cannot reach the VMM")?;
+        self.answer(progress)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_these_bytes() {
+        let text = |request: &Request| serde_json::to_string(request).unwrap();
+        assert_eq!(text(&Request::Status), r#""status""#);
+        let update = Request::Update(UpdateRequest {
+            successor: Source::Listen("/run/x".into()),
+            populate: true,
+            probe: false,
+            timeout_ms: 2000,
+            prepare_timeout_ms: 60000,
+        });
+        assert_eq!(
+            text(&update),
+            r#"{"update":{"successor":{"listen":"/run/x"},"populate":true,"probe":false,"timeout_ms":2000,"prepare_timeout_ms":60000}}"#
+        );
+    }
+
+    #[test]
+    fn a_vmm_that_is_gone_is_an_error() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        drop(theirs);
+        assert!(Client::new(ours).answer(&mut |_, _, _| {}).is_err());
+    }
+}

@@ -1,0 +1,29 @@
+//! The reference VMM: runs `pulse`, and is replaced under it.
+//!
+//! A VMM process is started as the first of its machine ([`run`]) or as the successor of another ([`succeed`]).
+//! Either way it then *serves* ([`serve`]): it runs the guest and does what comes over the control channel,
+//! which goes from VMM to VMM with the machine, so that whoever holds its other end ([`control::Client`])
+//! need not notice an update.
+//!
+//! The guest is a [`KvmGuest`], a VM with one vCPU, or a [`ThreadGuest`], the same work as a thread where
+//! there is no KVM. Both are [`Served`], and the machine, the carrier and the control channel know no more
+//! of them.
+#![forbid(unsafe_code)]
+
+pub mod control;
+mod first;
+mod guest;
+mod kvm_guest;
+mod measure;
+mod serve;
+mod successor;
+mod thread_guest;
+
+pub use first::run;
+pub use guest::GuestError;
+pub use guest::Served;
+pub use kvm_guest::KvmGuest;
+pub use serve::serve;
+pub use successor::Start;
+pub use successor::succeed;
+pub use thread_guest::ThreadGuest;

@@ -1,0 +1,186 @@
+//! What the VMM reads off its guest.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+use std::time::Instant;
+
+use fdpass::monotonic_ns;
+use machine::update::Guest;
+use pulse::HUGE_PAGE_BYTES;
+use pulse::PAGE_BYTES;
+use pulse::check;
+use serde::Deserialize;
+use serde::Serialize;
+use socket::Report;
+
+use crate::control::CheckReport;
+use crate::control::ProbeReport;
+use crate::control::UpdateOutcome;
+use crate::control::UpdateReport;
+use crate::guest::AnyGuest;
+use crate::guest::MemoryWords;
+
+/// Windows of 2 MiB that a probe touches.
+const PROBE_WINDOWS: u64 = 16;
+/// How long the guest may take to count on after an update.
+const FIRST_TICK: Duration = Duration::from_secs(10);
+/// How long the guest may take to answer a probe.
+const PROBE_ANSWER: Duration = Duration::from_secs(60);
+
+/// What the successor's VMM tells its predecessor, for the report.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Told {
+    pub(crate) ticks_before: u64,
+    pub(crate) entered_ns: Option<u64>,
+    pub(crate) ticks_after: Option<u64>,
+    pub(crate) guest_pause_us: Option<f64>,
+    pub(crate) probe: Option<ProbeReport>,
+}
+
+pub(crate) fn micros(ns: u64) -> f64 {
+    Duration::from_nanos(ns).as_secs_f64() * 1e6
+}
+
+/// Waits until `done` gives something, looking often.
+fn wait_for<T>(limit: Duration, mut done: impl FnMut() -> Option<T>) -> Option<T> {
+    let begun = Instant::now();
+    loop {
+        let found = done();
+        if found.is_some() || begun.elapsed() > limit {
+            return found;
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// After an update: has the guest counted on, and how long a gap did it see?
+pub(crate) fn after_update(
+    words: &MemoryWords,
+    ticks_before: u64,
+    entered_ns: Option<u64>,
+    probe: Option<u64>,
+) -> Told {
+    let mailbox = words.mailbox();
+    // Two ticks: after the first one it has compared the gap, after the second one it is written.
+    let ticks = wait_for(FIRST_TICK, || Some(mailbox.ticks()).filter(|ticks| *ticks > ticks_before + 1));
+    let gap = mailbox.nanoseconds(mailbox.longest_gap().cycles);
+    let probe = probe.and_then(|request| probed(words, request));
+    Told { ticks_before, entered_ns, ticks_after: ticks, guest_pause_us: gap.map(micros), probe }
+}
+
+/// Asks for the first probe, which the guest does before anything else.
+pub(crate) fn ask_probe(words: &MemoryWords) -> u64 {
+    words.mailbox().request_probe(PROBE_WINDOWS)
+}
+
+/// Waits for the first probe, then has it done again.
+fn probed(words: &MemoryWords, request: u64) -> Option<ProbeReport> {
+    let mailbox = words.mailbox();
+    let memory_bytes = mailbox.layout().ok()?.memory_bytes();
+    let cold = wait_for(PROBE_ANSWER, || mailbox.probe(request))?;
+    let again = ask_probe(words);
+    let warm = wait_for(PROBE_ANSWER, || mailbox.probe(again))?;
+    let each = |cycles: u64| -> Option<f64> {
+        let ns = Duration::from_nanos(mailbox.nanoseconds(cycles)?).as_secs_f64() * 1e9;
+        Some(ns / pages_f64(cold.pages.max(1)))
+    };
+    let (cold_ns, warm_ns) = (each(cold.cycles)?, each(warm.cycles)?);
+    // The first 2 MiB are left out by the probe, and do not count.
+    let all = (memory_bytes - HUGE_PAGE_BYTES) / PAGE_BYTES;
+    let time_to_full_speed_us = (cold_ns - warm_ns).max(0.0) * pages_f64(all) / 1000.0;
+    Some(ProbeReport { pages: cold.pages, cold_ns, warm_ns, time_to_full_speed_us })
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a page count is far below 2^52")]
+fn pages_f64(pages: u64) -> f64 {
+    pages as f64
+}
+
+/// Puts both sides' measures together.
+pub(crate) fn report(report: &Report, stopped_ns: Option<u64>) -> UpdateReport {
+    let told: Told = serde_json::from_value(report.vmm.clone()).unwrap_or_default();
+    let exact =
+        stopped_ns.zip(told.entered_ns).map(|(stopped, entered)| micros(entered.saturating_sub(stopped)));
+    UpdateReport {
+        predecessor_pid: report.predecessor_pid,
+        successor_pid: Some(report.successor_pid),
+        outcome: UpdateOutcome::Updated,
+        reason: None,
+        pause_us: exact.or_else(|| Some(report.pause().as_secs_f64() * 1e6)),
+        guest_pause_us: told.guest_pause_us,
+        phases_us: phases(report),
+        ticks_before: told.ticks_before,
+        ticks_after: told.ticks_after,
+        probe: told.probe,
+    }
+}
+
+fn phases(report: &Report) -> BTreeMap<String, f64> {
+    let phases = report.timeline.phases();
+    phases.map(|(step, took)| (step.name().to_owned(), took.as_secs_f64() * 1e6)).collect()
+}
+
+/// Has the guest walk over all of its memory, stops it, and compares every word.
+pub(crate) fn check(
+    guest: &mut AnyGuest,
+    words: &MemoryWords,
+    progress: &mut dyn FnMut(&str, u64, u64),
+) -> anyhow::Result<CheckReport> {
+    let mailbox = words.mailbox();
+    let layout = mailbox.layout()?;
+    let first = mailbox.progress(&layout).pass;
+    // A pass that began after the question: the one under way does not count.
+    let wanted = first + 2;
+    let pages = layout.work_pages().end - layout.work_pages().start;
+    let mut last_told = monotonic_ns();
+    loop {
+        let now = mailbox.progress(&layout);
+        if now.pass >= wanted {
+            break;
+        }
+        if let Some(why) = guest.0.failure() {
+            anyhow::bail!("the guest has failed: {why}");
+        }
+        if monotonic_ns() - last_told > 100_000_000 {
+            last_told = monotonic_ns();
+            let done = (now.pass - first) * pages + (now.cursor - layout.work_pages().start);
+            progress("guest checks its memory", done.min(2 * pages), 2 * pages);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    guest.pause()?;
+    // The state is not wanted, but the guest gives it.
+    let saved = guest.save();
+    let checked = compare(words);
+    guest.resume()?;
+    saved?;
+    let (mut check, first_bad) = checked?;
+    check.guest_passes = mailbox.progress(&layout).pass - first;
+    check.first_bad = first_bad;
+    Ok(check)
+}
+
+/// Compares every word of a stopped guest's memory with what it should be.
+fn compare(words: &MemoryWords) -> anyhow::Result<(CheckReport, Option<String>)> {
+    let mailbox = words.mailbox();
+    let layout = mailbox.layout()?;
+    let read = |offset: u64, into: &mut [u8]| words.0.read(offset, into);
+    let work = check::work_area(&layout, mailbox.progress(&layout), read)?;
+    let fixed = check::fixed_pages(&mailbox.fixed_sums(), read)?;
+    let first_bad = work
+        .first_bad
+        .map(|bad| format!("{bad:?}"))
+        .or_else(|| {
+            fixed.changed.first().map(|offset| format!("the guest's own page at {offset:#x} has changed"))
+        })
+        .or_else(|| mailbox.first_bad().map(|bad| format!("found by the guest: {bad:?}")));
+    let report = CheckReport {
+        pages_checked: work.pages_checked + fixed.pages_checked,
+        pages_lost: work.pages_lost + u64::try_from(fixed.changed.len()).unwrap_or(u64::MAX),
+        guest_errors: mailbox.errors(),
+        registers_lost: mailbox.registers_lost(),
+        guest_passes: 0,
+        first_bad: None,
+    };
+    Ok((report, first_bad))
+}
