@@ -49,6 +49,7 @@ pub use successor::Handed;
 pub use successor::Running;
 pub use successor::Successor;
 pub use successor::SuccessorError;
+pub use successor::Unsettled;
 
 /// What this carrier can do.
 pub const CAPABILITIES: Capabilities =

@@ -89,6 +89,17 @@ impl Program {
         Ok(Self { path, file })
     }
 
+    /// The program at the path that this process was started from: what a machine is updated to unless something
+    /// else is allowed.
+    ///
+    /// # Errors
+    /// [`ProgramError::Open`] if it is not there any more.
+    pub fn this() -> Result<Self, ProgramError> {
+        let path =
+            std::env::current_exe().map_err(|source| ProgramError::Open { path: PathBuf::new(), source })?;
+        Self::open(&path, std::slice::from_ref(&path))
+    }
+
     /// Starts it with `arguments`, the socket to its predecessor as its standard input.
     ///
     /// # Errors

@@ -82,9 +82,17 @@ pub enum SuccessorError {
     /// The predecessor took the machine back.
     #[error("the machine was taken back")]
     Run(#[source] OwnershipError),
-    /// The machine runs here, and is not ready for another update.
-    #[error("the machine runs here, but its session is not settled")]
-    Settle(#[source] SettleError),
+}
+
+/// The machine runs here, and is not ready for another update: its next seal tries again.
+#[derive(Debug, Error)]
+#[error("the machine runs here, but its session is not settled")]
+pub struct Unsettled {
+    /// The machine.
+    pub machine: Machine,
+    /// Why.
+    #[source]
+    pub cause: SettleError,
 }
 
 /// A process that is to take a machine over, connected to the one that runs it.
@@ -352,19 +360,19 @@ impl Running {
     /// once the guest runs; `vmm` gives what the VMM tells the predecessor for its report.
     ///
     /// # Errors
-    /// [`SuccessorError::Settle`], with the machine: it runs on, and the next seal tries again.
+    /// [`Unsettled`], with the machine: the guest runs on.
     pub fn settle(
         self,
         observer: &mut dyn Observer,
         vmm: impl FnOnce() -> serde_json::Value,
-    ) -> Result<Machine, (Machine, SuccessorError)> {
+    ) -> Result<Machine, Box<Unsettled>> {
         let Self { channel, mut timeline, timeouts, mut machine } = self;
         let deadline = Deadline::after(timeouts.prepare);
         // If it is gone, it need not be told.
         let _ = message::send(&channel, &Message::Running { steps: steps(&timeline) }, &[], deadline);
         let finished = match machine.settle() {
             Ok(finished) => finished,
-            Err(error) => return Err((machine, SuccessorError::Settle(error))),
+            Err(cause) => return Err(Box::new(Unsettled { machine, cause })),
         };
         reached(&mut timeline, observer, Step::Settled);
         let unclaimed = finished.unclaimed.iter().map(|token| token.0).collect();

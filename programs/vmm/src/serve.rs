@@ -188,7 +188,9 @@ impl Vmm {
                 let report = measure::report(&report, self.guest.0.stopped_ns());
                 info!(pause_us = report.pause_us, successor = report.successor_pid, "updated");
                 self.tell(&Answer::Update(Box::new(report)));
-                started.map(Started::let_go);
+                if let Some(started) = started {
+                    started.let_go();
+                }
                 Ok(After::End)
             }
             Outcome::RolledBack { reason, pause, .. } => {

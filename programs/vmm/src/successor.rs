@@ -104,10 +104,10 @@ fn take_over(
     };
     let machine = match running.settle(observer, tell) {
         Ok(machine) => machine,
-        Err((machine, error)) => {
+        Err(unsettled) => {
             // It runs; the next update tries to settle again, and says so if it cannot.
-            warn!(error = &error as &dyn std::error::Error, "the session is not settled");
-            machine
+            warn!(error = &unsettled.cause as &dyn std::error::Error, "the session is not settled");
+            unsettled.machine
         }
     };
     Ok(Vmm { machine, guest: AnyGuest(guest), words, control, programs: told.programs.clone() })

@@ -50,9 +50,9 @@ use thiserror::Error;
 pub use tree::Tree;
 
 /// Memory that a [`Kho`] writes: an arena, or what stands for one in a test.
-pub trait ArenaMemory: MemoryMut + Send {}
+pub trait ArenaMemory: MemoryMut + Send + Sync {}
 
-impl<M: MemoryMut + Send> ArenaMemory for M {}
+impl<M: MemoryMut + Send + Sync> ArenaMemory for M {}
 
 /// Frames that only a commit may take, so that one is possible when all others are given out.
 const COMMIT_RESERVE: u64 = 32;

@@ -64,6 +64,13 @@ pub struct MemorySpec {
     pub prefault: bool,
 }
 
+impl MemorySpec {
+    /// Memory of `size_bytes` bytes in small pages, all of them there from the start.
+    pub fn new(name: MemoryName, size_bytes: u64) -> Self {
+        Self { name, size_bytes, page_size: PageSize::Small, prefault: true }
+    }
+}
+
 /// What a machine is to have.
 #[derive(Debug, Clone)]
 pub struct Spec {
