@@ -151,10 +151,13 @@ mod tests {
     fn the_tsc_offset_that_is_read_can_be_set() {
         harness::need!(kvm);
         let vcpu = Kvm::new().unwrap().create_vm().unwrap().create_vcpu(0).unwrap();
-        if has_tsc_offset(&vcpu) {
-            let offset = tsc_offset(&vcpu).unwrap();
-            set_tsc_offset(&vcpu, offset).unwrap();
-            assert_eq!(tsc_offset(&vcpu).unwrap(), offset);
+        match tsc_offset(&vcpu) {
+            Ok(offset) => {
+                set_tsc_offset(&vcpu, offset).unwrap();
+                assert_eq!(tsc_offset(&vcpu).unwrap(), offset);
+                assert!(has_tsc_offset(&vcpu));
+            }
+            Err(_) => assert!(!has_tsc_offset(&vcpu)),
         }
     }
 }

@@ -13,6 +13,22 @@
 //!   [`VmState`] is a list of them; a [`Saver`] fills it and a [`Loader`] gives it to another vCPU.
 //!   [`Cpuid`] and [`Contents`] cross before the pause.
 //!
+//! # The steps of an update
+//!
+//! | guest | predecessor | successor |
+//! | --- | --- | --- |
+//! | runs | [`Cpuid::of`]; [`Saver::prepare`], [`Saver::contents`] when each vCPU is made | |
+//! | runs | | [`VmBuilder::create`], [`MemorySlots::add`], [`VmBuilder::finish`], [`Vm::create_vcpu`]; per vCPU [`Cpuid::load`], [`Loader::prepare`], [`Loader::check`] |
+//! | stops | [`Kicker::kick`], until each [`Vcpu::run`] returned | |
+//! | stopped | [`VmState::save`], then [`Saver::save`] per vCPU | |
+//! | stopped | | [`Loader::load`] per vCPU, [`VmState::load`], [`Loader::finish`] per vCPU |
+//! | runs | | [`Vcpu::run`] |
+//! | runs | ends: vCPUs, memory slots, VM | |
+//!
+//! What the VMM itself gave its VM, beyond what [`VmBuilder`] does, it gives the new one too: interrupt
+//! routes, irqfds and ioeventfds, further capabilities (`KVM_CAP_X2APIC_API` changes what a LAPIC's state
+//! looks like), and the permission to use extended state that a process has to ask for (AMX).
+//!
 //! Not here: the memory itself, devices, who owns the machine, and how bytes get to the successor.
 //!
 //! Only x86-64. A guest that uses nested virtualization is refused when it is saved.

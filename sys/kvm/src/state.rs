@@ -213,7 +213,8 @@ pub enum Fault {
         /// What it is here.
         has: u64,
     },
-    /// The extended state is longer than the one of this KVM.
+    /// The extended state is longer than the one of this KVM. The process that saved it may have asked for
+    /// guest state (`ARCH_REQ_XCOMP_GUEST_PERM`) that this one did not ask for before its first vCPU.
     #[error("there are {len} bytes of it, and this KVM has room for {most}")]
     XsaveLen {
         /// Bytes of the state.
@@ -350,4 +351,75 @@ pub(crate) fn put<T: IntoBytes + Immutable>(out: &mut Vec<u8>, structure: &T) {
 /// The structure whose bytes `data` is.
 pub(crate) fn take<T: FromBytes>(data: &[u8]) -> Result<T, Fault> {
     T::read_from_bytes(data).map_err(|_| Fault::Length { len: data.len(), structure: size_of::<T>() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ids_on_the_wire_are_those_of_every_release() {
+        let vcpu = [
+            (1, VcpuGroup::MpState),
+            (2, VcpuGroup::Events),
+            (3, VcpuGroup::Registers),
+            (4, VcpuGroup::SpecialRegisters),
+            (5, VcpuGroup::DebugRegisters),
+            (6, VcpuGroup::Xcrs),
+            (7, VcpuGroup::Xsave),
+            (8, VcpuGroup::TscKhz),
+            (9, VcpuGroup::TscOffset),
+            (10, VcpuGroup::Msrs),
+            (11, VcpuGroup::GuestMemoryMsrs),
+            (12, VcpuGroup::Lapic),
+        ];
+        assert_eq!(VcpuGroup::ALL.len(), vcpu.len());
+        for (id, group) in vcpu {
+            assert_eq!(kind_of(id), Some(group));
+        }
+        let vm = [
+            (1, VmGroup::Pit),
+            (2, VmGroup::PicMaster),
+            (3, VmGroup::PicSlave),
+            (4, VmGroup::Ioapic),
+            (5, VmGroup::Clock),
+        ];
+        assert_eq!(VmGroup::ALL.len(), vm.len());
+        for (id, group) in vm {
+            assert_eq!(kind_of(id), Some(group));
+        }
+    }
+
+    /// A VM's state with this list of absent groups and these groups.
+    fn vm_state(absent: &[u8], groups: &[(VmGroup, usize)]) -> Result<State<VmGroup>, StateError> {
+        let mut list: Vec<_> =
+            groups.iter().map(|(group, len)| Group { id: group.id(), data: vec![0; *len] }).collect();
+        // In the wire's order it may stand anywhere.
+        list.push(Group { id: ABSENT, data: absent.to_vec() });
+        State::decode(&groups::encode(&list))
+    }
+
+    #[test]
+    fn what_is_there_and_what_is_absent_is_told_apart() {
+        let state =
+            vm_state(&[1, 0, 0, 0, 3, 0, 0, 0], &[(VmGroup::Ioapic, 520), (VmGroup::Clock, 48)]).unwrap();
+        assert_eq!(state.present().collect::<Vec<_>>(), [VmGroup::Clock, VmGroup::Ioapic]);
+        assert_eq!(state.absent().collect::<Vec<_>>(), [VmGroup::Pit, VmGroup::PicSlave]);
+        assert_eq!(State::decode(&state.encode()).unwrap(), state);
+    }
+
+    #[test]
+    fn a_state_that_contradicts_itself_is_refused() {
+        let there_and_absent = vm_state(&[5, 0, 0, 0], &[(VmGroup::Clock, 48)]);
+        let absent_twice = vm_state(&[1, 0, 0, 0, 1, 0, 0, 0], &[]);
+        let half_an_id = vm_state(&[1, 0], &[]);
+        let no_list = State::<VmGroup>::decode(&groups::encode(&[]));
+        for state in [there_and_absent, absent_twice, half_an_id, no_list] {
+            assert!(matches!(state, Err(StateError::Absent { whose: "VM" })), "{state:?}");
+        }
+        let unknown = vm_state(&[9, 0, 0, 0], &[]);
+        assert!(matches!(unknown, Err(StateError::UnknownGroup { id: 9, .. })), "{unknown:?}");
+        let short = vm_state(&[], &[(VmGroup::Clock, 47)]);
+        assert!(matches!(short, Err(StateError::GroupLength { group: "clock", len: 47, .. })), "{short:?}");
+    }
 }

@@ -1,19 +1,8 @@
 //! The state of a vCPU, saved and loaded within the pause.
 //!
 //! Whatever can be found out or set aside before the pause is: a [`Saver`] and a [`Loader`] are prepared
-//! for a vCPU while the guest still runs elsewhere or not yet. What order things are saved and loaded in,
-//! and why, is told at the list of the groups itself, in the source of this crate (`vcpu_groups.rs`); in
-//! short, and for the whole machine:
-//!
-//! | predecessor | successor |
-//! | --- | --- |
-//! | [`Saver::prepare`] per vCPU, [`Saver::contents`], [`Cpuid::of`](crate::Cpuid::of) | [`Cpuid::load`](crate::Cpuid::load), [`Loader::prepare`], [`Loader::check`] per vCPU |
-//! | all vCPUs stopped | |
-//! | [`VmState::save`](crate::VmState::save) | |
-//! | [`Saver::save`] per vCPU | |
-//! | | [`Loader::load`] per vCPU |
-//! | | [`VmState::load`](crate::VmState::load) |
-//! | | [`Loader::finish`] per vCPU; then they can run |
+//! for a vCPU while the guest still runs elsewhere or not yet. In which order groups are saved and loaded,
+//! and why, is told with their list, in `vcpu_groups`.
 
 use std::fmt;
 

@@ -220,16 +220,20 @@ fn get_clock(vm: &Vm) -> Result<Vec<u8>, Fault> {
 
 fn set_clock(vm: &Vm, data: &[u8]) -> Result<(), Fault> {
     let saved: kvm_clock_data = take(data)?;
-    if saved.flags & bind::KVM_CLOCK_HOST_TSC != 0 {
-        let now = vm.fd().get_clock()?;
-        if now.flags & bind::KVM_CLOCK_HOST_TSC != 0 && now.host_tsc < saved.host_tsc {
-            return Err(Fault::HostTscWentBack { saved: saved.host_tsc, now: now.host_tsc });
-        }
-    }
+    check_host_tsc(&saved, &vm.fd().get_clock()?)?;
     let kvm_sets_forward =
         vm.capabilities().clock_flags.is_some_and(|flags| flags & bind::KVM_CLOCK_REALTIME != 0);
     let clock = clock_to_set(&saved, kvm_sets_forward, time_of_day());
     Ok(vm.fd().set_clock(&clock)?)
+}
+
+/// Refuses if the host's TSC, as far as KVM tells it with its clocks, went back.
+fn check_host_tsc(saved: &kvm_clock_data, now: &kvm_clock_data) -> Result<(), Fault> {
+    let both_tell = saved.flags & now.flags & bind::KVM_CLOCK_HOST_TSC != 0;
+    if both_tell && now.host_tsc < saved.host_tsc {
+        return Err(Fault::HostTscWentBack { saved: saved.host_tsc, now: now.host_tsc });
+    }
+    Ok(())
 }
 
 /// What to give to `KVM_SET_CLOCK` at the time of day `now`. Of the flags that a saved clock has, one can
@@ -260,6 +264,16 @@ mod tests {
         host_tsc: 77,
         pad: [0; 4],
     };
+
+    #[test]
+    fn a_host_tsc_that_went_back_is_refused_where_kvm_tells_it() {
+        let later = kvm_clock_data { host_tsc: 78, ..SAVED };
+        check_host_tsc(&SAVED, &later).unwrap();
+        let refused = check_host_tsc(&later, &SAVED);
+        assert!(matches!(refused, Err(Fault::HostTscWentBack { saved: 78, now: 77 })), "{refused:?}");
+        let untold = kvm_clock_data { flags: 0, host_tsc: 0, ..SAVED };
+        check_host_tsc(&SAVED, &untold).unwrap();
+    }
 
     #[test]
     fn kvm_gets_only_the_flag_that_can_be_set() {

@@ -57,6 +57,10 @@ fn take_over(orphan: Orphan) -> Result<Machine, String> {
     let mut machine = claimed.run().map_err(text)?;
     machine.settle().map_err(text)?;
     assert_filled(&inodes(&machine));
+    // What is published now is whole: nothing of the damage was taken over.
+    let found = Incoming::attach(offered(&machine)).unwrap();
+    assert_eq!(found.state_names().count(), STATES.len());
+    assert_filled(found.memories());
     Ok(machine)
 }
 

@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvm::guest_memfd::{self, GuestMemfdError, GuestMemfdFlags};
 use kvm::kvm_ioctls::{Kvm, VcpuExit};
-use kvm::{Binding, HostMemory, Irqchip, MemorySlots, SlotError, SlotFlags, SlotRange, Stopped, VmBuilder};
+use kvm::{
+    Binding, HostMemory, Irqchip, MemorySlots, Saver, SlotError, SlotFlags, SlotRange, Stopped, Vcpu, Vm,
+    VmBuilder, VmState,
+};
 use tideover_kvm as kvm;
 
 use crate::guest::{CODE, COUNT, OUT_EACH_COUNT, TestMemory, machine, start_at_code};
@@ -199,12 +202,14 @@ fn a_read_only_slot_is_not_written() {
     harness::need!(kvm);
     let memory = TestMemory::with_code(COUNT);
     let builder = builder();
-    if !builder.capabilities().read_only_slots {
-        return;
-    }
     let mut slots = builder.memory_slots();
     let read_only = SlotFlags { read_only: true, ..DEFAULT };
-    slots.add(0, 0, &memory, 0, memory.len_bytes(), read_only).unwrap();
+    let added = slots.add(0, 0, &memory, 0, memory.len_bytes(), read_only);
+    if !builder.capabilities().read_only_slots {
+        added.unwrap_err();
+        return;
+    }
+    added.unwrap();
     let vm = builder.finish(Irqchip::None).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
     start_at_code(&vcpu);
@@ -250,12 +255,14 @@ fn a_guest_runs_from_a_guest_memfd_that_the_host_sees_too() {
     harness::need!(kvm);
     let builder = builder();
     let flags = GuestMemfdFlags::MMAP | GuestMemfdFlags::INIT_SHARED;
-    let capabilities = builder.capabilities();
-    if !capabilities.bound_slots || capabilities.guest_memfd.is_none_or(|accepted| !accepted.contains(flags))
-    {
-        return;
-    }
-    let file = guest_memfd::create(builder.fd(), 0x1_0000, flags).unwrap();
+    let file = match guest_memfd::create(builder.fd(), 0x1_0000, flags) {
+        Ok(file) => file,
+        Err(refused) => {
+            let accepted = builder.capabilities().guest_memfd;
+            assert!(accepted.is_none_or(|accepted| !accepted.contains(flags)), "{refused:?}");
+            return;
+        }
+    };
     let memory = TestMemory::of_file(&file, 0x1_0000);
     memory.write(CODE, OUT_EACH_COUNT);
     let mut slots = builder.memory_slots();
@@ -296,4 +303,22 @@ fn the_order_of_making_a_vm_leaves_a_working_machine() {
         assert_eq!(stopped.unwrap(), Stopped::Broke(()));
         assert_eq!(machine.slots.iter().count(), 1);
     }
+}
+
+#[test]
+fn a_vm_made_by_other_means_is_taken_up() {
+    harness::need!(kvm);
+    let kvm = Kvm::new().unwrap();
+    let fd = Arc::new(kvm.create_vm().unwrap());
+    let memory = TestMemory::with_code(OUT_EACH_COUNT);
+    let mut slots = MemorySlots::new(Arc::clone(&fd));
+    slots.add(0, 0, &memory, 0, memory.len_bytes(), DEFAULT).unwrap();
+    fd.create_irq_chip().unwrap();
+    let vcpu_fd = fd.create_vcpu(0).unwrap();
+    let vm = Vm::adopt(&kvm, fd, Irqchip::Full { pit: false }).unwrap();
+    let mut vcpu = Vcpu::adopt(&vm, vcpu_fd).unwrap();
+    start_at_code(&vcpu);
+    assert_eq!(vcpu.run(|_| ControlFlow::Break(())).unwrap(), Stopped::Broke(()));
+    VmState::save(&vm).unwrap();
+    Saver::prepare(&vcpu).unwrap().save(&vcpu).unwrap();
 }

@@ -618,15 +618,17 @@ fn a_pending_exception_crosses_with_its_payload() {
     let kvm = kvm();
     let memory = TestMemory::with_code(COUNT);
     let old = machine(&kvm, &memory, Irqchip::None);
-    if !old.vm.capabilities().exception_payload {
-        return;
-    }
     let mut events = old.vcpu.fd().get_vcpu_events().unwrap();
     let page_fault = 14;
     (events.exception.pending, events.exception.nr, events.exception.has_error_code) = (1, page_fault, 1);
     (events.exception_has_payload, events.exception_payload) = (1, 0x0bad_f000);
     events.flags |= bind::KVM_VCPUEVENT_VALID_PAYLOAD;
-    old.vcpu.fd().set_vcpu_events(&events).unwrap();
+    let set = old.vcpu.fd().set_vcpu_events(&events);
+    if !old.vm.capabilities().exception_payload {
+        set.unwrap_err();
+        return;
+    }
+    set.unwrap();
 
     let new = successor(&kvm, &memory, &old);
     let events = new.vcpu.fd().get_vcpu_events().unwrap();
