@@ -36,7 +36,7 @@ Exit code: 0 if every update succeeded and no byte was lost, 1 otherwise, 2 for 
 Example: tideover demo --memory 4GiB --updates 10 --json")]
 pub(crate) struct Demo {
     /// Guest memory: 4MiB to 64GiB, in whole 2 MiB.
-    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::guest_memory)]
     pub(crate) memory: u64,
     /// How many times to replace the VMM.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100_000))]

@@ -31,6 +31,7 @@ use serde::Serialize;
 use socket::Timeouts;
 
 use crate::cli;
+use crate::size;
 use crate::table;
 
 /// Time between two updates, so that the guest is at its ordinary work when the next one comes.
@@ -55,9 +56,10 @@ pub(crate) struct Result {
 
 pub(crate) fn demo(arguments: &cli::Demo) -> anyhow::Result<ExitCode> {
     let guest = choose_guest(arguments.guest)?;
+    check_memory(arguments.memory)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut vmm = FirstVmm::start(&program, &spec(arguments, guest))?;
-    let result = run(arguments, &vmm.client, &program)?;
+    let result = run(arguments, &vmm.client, &program).map_err(|error| vmm.explain(error))?;
     vmm.stop()?;
     let text = match arguments.json {
         true => serde_json::to_string_pretty(&result)? + "\n",
@@ -82,6 +84,22 @@ fn choose_guest(asked: Option<cli::Guest>) -> anyhow::Result<GuestKind> {
             eprintln!("##################################################################");
             Ok(GuestKind::Thread)
         }
+    }
+}
+
+/// Refuses what the host could only answer by killing the VMM.
+fn check_memory(wanted: u64) -> anyhow::Result<()> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib =
+        line.and_then(|line| line.trim().strip_suffix("kB")).and_then(|kib| kib.trim().parse::<u64>().ok());
+    match kib.map(|kib| kib << 10) {
+        Some(available) if available < wanted => bail!(
+            "--memory {}: this host has {} of memory available; ask for less",
+            size::show(wanted),
+            size::show(available & !((1 << 20) - 1))
+        ),
+        _ => Ok(()),
     }
 }
 
@@ -113,6 +131,15 @@ impl FirstVmm {
             .spawn()
             .with_context(|| format!("cannot start the VMM {}", program.display()))?;
         Ok(Self { client: Client::new(ours), process })
+    }
+
+    /// Adds how the VMM ended, if the first one did while it was needed.
+    fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+        std::thread::sleep(Duration::from_millis(50));
+        match self.process.try_wait() {
+            Ok(Some(status)) if !status.success() => error.context(format!("the VMM ended: {status}")),
+            _ => error,
+        }
     }
 
     fn stop(&mut self) -> anyhow::Result<()> {

@@ -16,6 +16,16 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "larger than any memory".to_owned())
 }
 
+/// Guest memory: 4 MiB to 64 GiB, in whole 2 MiB.
+pub(crate) fn guest_memory(text: &str) -> Result<u64, String> {
+    let bytes = parse(text)?;
+    let whole = bytes.is_multiple_of(2 << 20);
+    if whole && (4 << 20..=64 << 30).contains(&bytes) {
+        return Ok(bytes);
+    }
+    Err("the guest takes 4MiB to 64GiB of memory, in whole 2 MiB".to_owned())
+}
+
 /// A size for people: in the largest unit that it is a whole number of.
 pub(crate) fn show(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
@@ -37,6 +47,8 @@ mod tests {
         assert_eq!(parse("4096"), Ok(4096));
         assert!(parse("").is_err() && parse("GiB").is_err() && parse("5GB").is_err());
         assert!(parse("99999999999TiB").is_err());
+        assert_eq!(guest_memory("64GiB"), Ok(64 << 30));
+        assert!(["2MiB", "5MiB", "65GiB"].into_iter().all(|text| guest_memory(text).is_err()));
         assert_eq!([show(1 << 30), show(1536 << 20), show(5)], ["1 GiB", "1536 MiB", "5 bytes"]);
     }
 }

@@ -14,7 +14,7 @@ const PHASES: [&str; 6] = ["paused", "saved", "sealed", "claimed", "loaded", "ru
 
 pub(crate) fn show(result: &Result) -> String {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::UTF8_BORDERS_ONLY);
     table.set_header([
         "update",
         "VMM before",
@@ -98,7 +98,11 @@ fn phases(result: &Result) -> String {
 }
 
 fn verdict(result: &Result) -> String {
-    let mut text = format!("pages checked {}, lost {}\n", result.pages_checked, result.pages_lost);
+    let all = result.memory_bytes / 4096;
+    let mut text = format!(
+        "pages checked {} of {all} (the rest are the guest's stacks and mailbox), lost {}\n",
+        result.pages_checked, result.pages_lost
+    );
     if let Some(us) = result.time_to_full_speed_us {
         text += &format!("time to full speed after an update: {} (from a sample of pages)\n", millis(us));
     }

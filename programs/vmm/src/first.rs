@@ -35,10 +35,8 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
         Channel::from_stdin().context("a VMM is started with its control channel as standard input")?;
     let (machine, guest) = match make(spec, &control) {
         Ok(made) => made,
-        Err(error) => {
-            control::send(&control, &Answer::Error(format!("{error:#}")))?;
-            return Err(error);
-        }
+        // Whoever started this process hears why, and says so.
+        Err(error) => return control::send(&control, &Answer::Error(format!("{error:#}"))),
     };
     serve(machine, guest, control, programs)
 }

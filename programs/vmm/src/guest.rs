@@ -72,17 +72,18 @@ impl MemoryWords {
         Mailbox::new(self, MAILBOX_OFFSET)
     }
 
-    /// Asks the guest to forget its longest gap, and waits a little: the next long one is the pause.
-    pub(crate) fn forget_gap(&self) {
+    /// The longest pause that the guest has recorded from number `first` on, in nanoseconds by its own clock.
+    pub(crate) fn longest_pause_ns(&self, first: u64) -> Option<u64> {
         let mailbox = self.mailbox();
-        let request = mailbox.reset_gap();
-        for _ in 0..100 {
-            if mailbox.gap_is_reset(request) {
-                return;
-            }
-            std::thread::sleep(Duration::from_micros(20));
-        }
+        let longest = mailbox.pauses_from(first).into_iter().map(|(_, pause)| pause.cycles).max()?;
+        mailbox.nanoseconds(longest)
     }
+}
+
+/// From how long on the guest records a gap as a pause, in cycles of its clock: 100 µs. That is below any update's,
+/// and above what a fault of guest memory costs, of which there are many after one.
+pub(crate) const fn pause_threshold(cycles_per_ms: u64) -> u64 {
+    if cycles_per_ms == 0 { u64::MAX } else { cycles_per_ms / 10 }
 }
 
 /// Why the guest does not run any more; nothing as long as it does.

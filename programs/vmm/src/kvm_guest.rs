@@ -47,9 +47,9 @@ use serde::Deserialize;
 use serde::Serialize;
 
 use crate::control::GuestKind;
+use crate::guest;
 use crate::guest::GuestError;
 use crate::guest::Health;
-use crate::guest::MemoryWords;
 use crate::guest::STOP_TIMEOUT;
 use crate::guest::Served;
 use crate::guest::below;
@@ -100,7 +100,6 @@ pub struct KvmGuest {
     kicker: Kicker,
     _slots: MemorySlots<Arc<Mapping>>,
     _file: GmemFile,
-    words: MemoryWords,
     before_pause: BeforePause,
     moments: Arc<Moments>,
     health: Health,
@@ -113,7 +112,6 @@ struct Parts {
     vcpu: Vcpu,
     slots: MemorySlots<Arc<Mapping>>,
     file: GmemFile,
-    words: MemoryWords,
 }
 
 impl Parts {
@@ -134,8 +132,7 @@ impl Parts {
         let vm =
             builder.finish(Irqchip::Split { pins: PINS }).map_err(below("make interrupt controllers"))?;
         let vcpu = vm.create_vcpu(0).map_err(below("make a vCPU"))?;
-        let words = MemoryWords(Arc::clone(memory.mapping()));
-        Ok(Self { kvm, vm, vcpu, slots, file, words })
+        Ok(Self { kvm, vm, vcpu, slots, file })
     }
 
     /// Starts the vCPU's thread, which waits for orders.
@@ -165,7 +162,6 @@ impl Parts {
             kicker,
             _slots: self.slots,
             _file: self.file,
-            words: self.words,
             before_pause: BeforePause { cpuid: cpuid.encode(), contents },
             moments,
             health,
@@ -185,7 +181,8 @@ impl KvmGuest {
         let fd = parts.vcpu.fd();
         let cycles_per_ms = fd.get_tsc_khz().unwrap_or_default().into();
         let vectors = Vectors::widest(cpuid.entries());
-        let options = Options { vectors, ..Options::new(cycles_per_ms) };
+        let pause_threshold_cycles = guest::pause_threshold(cycles_per_ms);
+        let options = Options { vectors, pause_threshold_cycles, ..Options::new(cycles_per_ms) };
         let image = Image::new(memory.size_bytes(), &options).map_err(below("lay the guest out"))?;
         for (offset, bytes) in image.pieces() {
             memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
@@ -253,7 +250,6 @@ impl Guest for KvmGuest {
         }
         // Left from a stop that came too late to be waited for.
         while self.replies.try_recv().is_ok() {}
-        self.words.forget_gap();
         self.kicker.kick().map_err(below("stop the vCPU"))?;
         match self.reply("stop")? {
             Reply::Stopped => Ok(()),

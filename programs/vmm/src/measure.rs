@@ -37,8 +37,13 @@ pub(crate) struct Told {
     pub(crate) probe: Option<ProbeReport>,
 }
 
+#[expect(clippy::cast_precision_loss, reason = "times of an update are far below 2^52 ns")]
 pub(crate) fn micros(ns: u64) -> f64 {
-    Duration::from_nanos(ns).as_secs_f64() * 1e6
+    ns as f64 / 1000.0
+}
+
+pub(crate) fn micros_of(span: Duration) -> f64 {
+    micros(u64::try_from(span.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// Waits until `done` gives something, looking often.
@@ -54,22 +59,34 @@ fn wait_for<T>(limit: Duration, mut done: impl FnMut() -> Option<T>) -> Option<T
 }
 
 /// After an update: has the guest counted on, and how long a gap did it see?
-pub(crate) fn after_update(
-    words: &MemoryWords,
-    ticks_before: u64,
-    entered_ns: Option<u64>,
-    probe: Option<u64>,
-) -> Told {
+pub(crate) fn after_update(words: &MemoryWords, before: Before, entered_ns: Option<u64>) -> Told {
+    let Before { ticks: ticks_before, pauses, probe } = before;
     let mailbox = words.mailbox();
     // Two ticks: after the first one it has compared the gap, after the second one it is written.
     let ticks = wait_for(FIRST_TICK, || Some(mailbox.ticks()).filter(|ticks| *ticks > ticks_before + 1));
-    let gap = mailbox.nanoseconds(mailbox.longest_gap().cycles);
+    let pause = words.longest_pause_ns(pauses);
     let probe = probe.and_then(|request| probed(words, request));
-    Told { ticks_before, entered_ns, ticks_after: ticks, guest_pause_us: gap.map(micros), probe }
+    Told { ticks_before, entered_ns, ticks_after: ticks, guest_pause_us: pause.map(micros), probe }
 }
 
-/// Asks for the first probe, which the guest does before anything else.
-pub(crate) fn ask_probe(words: &MemoryWords) -> u64 {
+/// Where the guest stands when it is taken over, and does not run yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Before {
+    ticks: u64,
+    pauses: u64,
+    /// The first probe, which the guest does before anything else.
+    probe: Option<u64>,
+}
+
+impl Before {
+    /// Looks at a guest that stands still.
+    pub(crate) fn look(words: &MemoryWords, probe: bool) -> Self {
+        let mailbox = words.mailbox();
+        Self { ticks: mailbox.ticks(), pauses: mailbox.pauses(), probe: probe.then(|| ask_probe(words)) }
+    }
+}
+
+fn ask_probe(words: &MemoryWords) -> u64 {
     words.mailbox().request_probe(PROBE_WINDOWS)
 }
 
@@ -106,7 +123,7 @@ pub(crate) fn report(report: &Report, stopped_ns: Option<u64>) -> UpdateReport {
         successor_pid: Some(report.successor_pid),
         outcome: UpdateOutcome::Updated,
         reason: None,
-        pause_us: exact.or_else(|| Some(report.pause().as_secs_f64() * 1e6)),
+        pause_us: exact.or_else(|| Some(micros_of(report.pause()))),
         guest_pause_us: told.guest_pause_us,
         phases_us: phases(report),
         ticks_before: told.ticks_before,
@@ -117,7 +134,7 @@ pub(crate) fn report(report: &Report, stopped_ns: Option<u64>) -> UpdateReport {
 
 fn phases(report: &Report) -> BTreeMap<String, f64> {
     let phases = report.timeline.phases();
-    phases.map(|(step, took)| (step.name().to_owned(), took.as_secs_f64() * 1e6)).collect()
+    phases.map(|(step, took)| (step.name().to_owned(), micros_of(took))).collect()
 }
 
 /// Has the guest walk over all of its memory, stops it, and compares every word.

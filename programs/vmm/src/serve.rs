@@ -35,7 +35,6 @@ use crate::guest::AnyGuest;
 use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::measure;
-use crate::measure::micros;
 
 /// Name of the control channel among the descriptors that go with the machine.
 pub(crate) const CONTROL: &str = "control";
@@ -195,7 +194,7 @@ impl Vmm {
             }
             Outcome::RolledBack { reason, pause, .. } => {
                 let reason = format!("{:#}", anyhow::Error::new(reason));
-                let pause = pause.map(|pause| pause.as_secs_f64() * 1e6);
+                let pause = pause.map(measure::micros_of);
                 drop(started);
                 self.tell(&Answer::Update(Box::new(self.rolled_back(reason, pause))));
                 Ok(After::Go)
@@ -211,10 +210,7 @@ impl Vmm {
             outcome: UpdateOutcome::RolledBack,
             reason: Some(reason),
             pause_us,
-            guest_pause_us: pause_us.and_then(|_| {
-                let mailbox = self.words.mailbox();
-                mailbox.nanoseconds(mailbox.longest_gap().cycles).map(micros)
-            }),
+            guest_pause_us: None,
             phases_us: std::collections::BTreeMap::new(),
             ticks_before: ticks,
             ticks_after: Some(ticks),

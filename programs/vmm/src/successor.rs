@@ -22,6 +22,7 @@ use crate::guest::Served;
 use crate::kvm_guest;
 use crate::kvm_guest::KvmGuest;
 use crate::measure;
+use crate::measure::Before;
 use crate::serve::CONTROL;
 use crate::serve::Told;
 use crate::serve::Vmm;
@@ -95,11 +96,10 @@ fn take_over(
     }
     let running = handed.run(observer)?;
     let words = MemoryWords(Arc::clone(running.machine().memories()[0].inode.mapping()));
-    let probe = told.probe.then(|| measure::ask_probe(&words));
-    let ticks_before = words.mailbox().ticks();
+    let before = Before::look(&words, told.probe);
     guest.start().context("the guest is lost")?;
     let tell = || {
-        let told = measure::after_update(&words, ticks_before, guest.entered_ns(), probe);
+        let told = measure::after_update(&words, before, guest.entered_ns());
         serde_json::to_value(told).unwrap_or_default()
     };
     let machine = match running.settle(observer, tell) {

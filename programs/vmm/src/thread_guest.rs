@@ -21,6 +21,7 @@ use pulse::Options;
 use pulse::Walk;
 
 use crate::control::GuestKind;
+use crate::guest;
 use crate::guest::GuestError;
 use crate::guest::MemoryWords;
 use crate::guest::STOP_TIMEOUT;
@@ -80,7 +81,6 @@ impl Shared {
 pub struct ThreadGuest {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    words: MemoryWords,
     layout: Layout,
 }
 
@@ -90,7 +90,9 @@ impl ThreadGuest {
     /// # Errors
     /// [`GuestError`]
     pub fn first(memory: &Arc<Inode>) -> Result<Self, GuestError> {
-        let image = Image::new(memory.size_bytes(), &Options::new(CYCLES_PER_MS));
+        let pause_threshold_cycles = guest::pause_threshold(CYCLES_PER_MS);
+        let options = Options { pause_threshold_cycles, ..Options::new(CYCLES_PER_MS) };
+        let image = Image::new(memory.size_bytes(), &options);
         let image = image.map_err(below("lay the guest out"))?;
         for (offset, bytes) in image.pieces() {
             memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
@@ -112,10 +114,10 @@ impl ThreadGuest {
         let turn = Turn { wanted: Wanted::Still, still, stopped_ns: 0, entered_ns: 0 };
         let shared =
             Arc::new(Shared { turn: Mutex::new(turn), changed: Condvar::new(), stop: AtomicBool::new(true) });
-        let (theirs, memory) = (Arc::clone(&shared), words.clone());
-        let thread = thread::Builder::new().name("guest".to_owned()).spawn(move || live(&theirs, &memory));
+        let theirs = Arc::clone(&shared);
+        let thread = thread::Builder::new().name("guest".to_owned()).spawn(move || live(&theirs, &words));
         let thread = Some(thread.map_err(below("start the guest's thread"))?);
-        Ok(Self { shared, thread, words, layout })
+        Ok(Self { shared, thread, layout })
     }
 }
 
@@ -154,7 +156,6 @@ impl Guest for ThreadGuest {
     type Error = GuestError;
 
     fn pause(&mut self) -> Result<(), GuestError> {
-        self.words.forget_gap();
         self.shared.want(Wanted::Still);
         let turn = self.shared.turn();
         let waited = self.shared.changed.wait_timeout_while(turn, STOP_TIMEOUT, |turn| turn.still.is_none());
