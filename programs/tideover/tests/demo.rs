@@ -1,0 +1,144 @@
+//! The demo does what its help and its schema say.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
+
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::process::Output;
+
+use serde_json::Value;
+
+fn tideover(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_tideover")).args(arguments).output().unwrap()
+}
+
+fn demo_json(arguments: &[&str]) -> Value {
+    let output = tideover(&[&["demo", "--json"], arguments].concat());
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Checks a value against the part of JSON Schema that the demo's schema uses.
+fn check(schema: &Value, value: &Value, path: &str) {
+    let kind = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(number) if number.is_u64() => "integer",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    };
+    let fits = |allowed: &str| allowed == kind || (allowed == "number" && kind == "integer");
+    match &schema["type"] {
+        Value::String(allowed) => assert!(fits(allowed), "{path} is {kind}, not {allowed}"),
+        Value::Array(list) => {
+            assert!(list.iter().any(|allowed| fits(allowed.as_str().unwrap())), "{path} is {kind}")
+        }
+        _ => assert!(schema["enum"].as_array().unwrap().contains(value), "{path} is {value}"),
+    }
+    if let Value::Array(items) = value {
+        items
+            .iter()
+            .enumerate()
+            .for_each(|(index, item)| check(&schema["items"], item, &format!("{path}[{index}]")));
+    }
+    let Value::Object(fields) = value else { return };
+    let Some(known) = schema["properties"].as_object() else {
+        fields.iter().for_each(|(name, field)| {
+            check(&schema["additionalProperties"], field, &format!("{path}.{name}"))
+        });
+        return;
+    };
+    let names: BTreeSet<&String> = fields.keys().collect();
+    assert_eq!(names, known.keys().collect(), "{path}");
+    assert_eq!(schema["required"].as_array().unwrap().len(), known.len(), "{path}");
+    fields.iter().for_each(|(name, field)| check(&known[name], field, &format!("{path}.{name}")));
+}
+
+fn check_demo(result: &Value, updates: usize, memory_bytes: u64) {
+    let schema: Value = serde_json::from_str(include_str!("../../../docs/demo.schema.json")).unwrap();
+    check(&schema, result, "result");
+    assert_eq!(result["verified"], true);
+    assert_eq!(result["memory_bytes"], memory_bytes);
+    assert_eq!((&result["pages_lost"], &result["guest_errors"]), (&0.into(), &0.into()));
+    assert!(result["pages_checked"].as_u64().unwrap() > memory_bytes / 4096 - 64);
+    let list = result["updates"].as_array().unwrap();
+    assert_eq!(list.len(), updates);
+    for pair in list.windows(2) {
+        assert_eq!(pair[0]["successor_pid"], pair[1]["predecessor_pid"]);
+    }
+    for update in list {
+        assert_ne!(update["predecessor_pid"], update["successor_pid"]);
+        assert!(update["ticks_after"].as_u64() > update["ticks_before"].as_u64());
+        let phases: BTreeSet<&str> =
+            update["phases_us"].as_object().unwrap().keys().map(String::as_str).collect();
+        assert!(
+            ["paused", "saved", "sealed", "claimed", "loaded", "running"]
+                .into_iter()
+                .all(|phase| phases.contains(phase))
+        );
+    }
+}
+
+#[test]
+fn a_thread_lives_through_three_updates_and_the_json_fits_its_schema() {
+    check_demo(&demo_json(&["--guest", "thread", "--memory", "16MiB", "--updates", "3"]), 3, 16 << 20);
+}
+
+#[test]
+fn a_vm_lives_through_three_updates_and_the_json_fits_its_schema() {
+    harness::need!(kvm);
+    check_demo(&demo_json(&["--guest", "kvm", "--memory", "64MiB", "--updates", "3"]), 3, 64 << 20);
+}
+
+#[test]
+fn a_vm_of_small_pages_given_on_demand_lives_through_updates() {
+    harness::need!(kvm);
+    let small =
+        ["--guest", "kvm", "--memory", "32MiB", "--updates", "2", "--page-size", "4KiB", "--on-demand"];
+    let result = demo_json(&small);
+    check_demo(&result, 2, 32 << 20);
+    assert_eq!(result["huge_bytes"], 0);
+}
+
+#[test]
+fn people_get_a_table_and_a_verdict() {
+    let output = tideover(&["demo", "--guest", "thread", "--memory", "8MiB", "--updates", "1"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("VMM before") && text.contains("1 of 1 updates, and no byte was lost"), "{text}");
+}
+
+#[test]
+fn a_wrong_command_line_is_refused_with_code_2() {
+    for wrong in [&["demo", "--memory", "5MiB"][..], &["demo", "--updates", "0"], &["launch"], &[]] {
+        let output = tideover(wrong);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}");
+        assert!(output.stdout.is_empty());
+    }
+}
+
+#[test]
+fn more_memory_than_the_host_has_is_refused_before_anything_is_started() {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let available = meminfo.lines().find(|line| line.starts_with("MemAvailable")).unwrap();
+    let kib: u64 = available.split_whitespace().nth(1).unwrap().parse().unwrap();
+    if kib > 60 << 20 {
+        // This host really has it.
+        return;
+    }
+    let output = tideover(&["demo", "--guest", "thread", "--memory", "64GiB"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("ask for less"));
+}
+
+#[test]
+fn a_vmm_without_its_control_channel_says_so() {
+    let output = Command::new(env!("CARGO_BIN_EXE_tideover"))
+        .args(["vmm", "succeed"])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot find the predecessor"));
+}
