@@ -5,10 +5,10 @@ use std::process::Child;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 
 use crate::channel::Channel;
+use crate::credentials;
 use crate::deadline::{Deadline, wait};
 
 /// The process at the other end, as it was when the two ends were joined: when it called `connect`,
@@ -18,7 +18,7 @@ use crate::deadline::{Deadline, wait};
 /// has been given to a child; and a process that has handed its end on is still the one named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Its process id, as this process's PID namespace has it.
+    /// Its process id, as this process's PID namespace has it; 0 if that does not show it.
     pub pid: u32,
     /// Its effective user.
     pub uid: u32,
@@ -95,16 +95,9 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// What the kernel answered. A process that this one's PID namespace does not show cannot be
-    /// named, and is an error too: the two sides of an update share a PID namespace, or the
-    /// successor's is one inside the predecessor's and the predecessor does the asking.
+    /// What the kernel answered.
     pub fn peer(&self) -> Result<Peer, Errno> {
-        let credentials = socket_peercred(self)?;
-        Ok(Peer {
-            pid: credentials.pid.as_raw_nonzero().get().unsigned_abs(),
-            uid: credentials.uid.as_raw(),
-            gid: credentials.gid.as_raw(),
-        })
+        credentials::peer(self.as_fd())
     }
 
     /// Checks that the peer runs as the effective user of this process, and says who it is. Root is
@@ -138,21 +131,26 @@ pub struct Pidfd {
 impl Pidfd {
     /// The process at the other end of a channel, as [`Peer`] defines it.
     ///
-    /// To be asked for as soon as the channel is there. The kernel tells a number, and only then is
-    /// a descriptor made for it: if the process ends in between and its number is given to another
-    /// process, the descriptor is that one's. To make this unlikely the channel is looked at last:
-    /// if its other end is closed by then the answer is [`PidfdError::Gone`]. What remains is a peer
-    /// that ends in that instant, after it has handed its end on to a process that keeps it, while
-    /// its number is used anew. For a child there is no such gap: use [`Pidfd::of_child`].
+    /// Exact since Linux 6.5, where the kernel gives the descriptor itself. Before, it tells a number, and
+    /// only then is a descriptor made for it: if the process ends in between and its number is given to
+    /// another process, the descriptor is that one's. To make this unlikely the channel is looked at last:
+    /// if its other end is closed by then the answer is [`PidfdError::Gone`]. What remains is a peer that
+    /// ends in that instant, after it has handed its end on to a process that keeps it, while its number is
+    /// used anew. For a child there is no such gap: use [`Pidfd::of_child`].
     ///
     /// # Errors
     ///
     /// [`PidfdError`].
     pub fn of_peer(channel: &Channel) -> Result<Self, PidfdError> {
-        let credentials = socket_peercred(channel).map_err(|cause| PidfdError::Ask { cause })?;
-        let pidfd = Self::open(credentials.pid)?;
-        if hung_up(channel.as_fd()).map_err(|cause| PidfdError::Ask { cause })? {
-            return Err(PidfdError::Gone { pid: number(credentials.pid) });
+        let ask = |cause| PidfdError::Ask { cause };
+        if let Some(fd) = credentials::peer_pidfd(channel.as_fd()).map_err(ask)? {
+            return Ok(Self { fd });
+        }
+        let named = channel.peer().map_err(ask)?.pid;
+        let pid = i32::try_from(named).ok().and_then(Pid::from_raw);
+        let pidfd = Self::open(pid.ok_or(PidfdError::Gone { pid: named })?)?;
+        if hung_up(channel.as_fd()).map_err(ask)? {
+            return Err(PidfdError::Gone { pid: named });
         }
         Ok(pidfd)
     }
