@@ -1,13 +1,14 @@
 //! The verb `check`: all that CI runs, step by step.
 
-use std::process::{Command, Stdio};
+use std::ffi::OsStr;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
 use crate::tally::Tally;
-use crate::{Verdict, cargo, deps, test, words};
+use crate::{Verdict, cargo, deps, test, tools, words};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {
@@ -87,11 +88,8 @@ impl Step {
                 let require = options.require.clone();
                 return test::run(&test::Options { require, arguments: Vec::new() }).map(Outcome::Tests);
             }
-            Self::Deny if !has_cargo_deny() => {
-                println!("cargo-deny is not installed; install it: cargo install cargo-deny --locked");
-                false
-            }
-            _ => all(&self.commands(options))?,
+            Self::Deny => tools::with_cargo_deny(|path| all(&self.commands(options), path))?,
+            _ => all(&self.commands(options), None)?,
         };
         Ok(Outcome::Step { good })
     }
@@ -103,11 +101,14 @@ enum Outcome {
 }
 
 /// Runs lines of the form `VARIABLE=value cargo argument...`, up to the first that fails. There are
-/// no quotes in them.
-fn all(lines: &[String]) -> Verdict {
+/// no quotes in them. `path` is where to look for programs, if not in the usual places.
+fn all(lines: &[String], path: Option<&OsStr>) -> Verdict {
     for line in lines {
         let mut words = line.split(' ').peekable();
         let mut command = cargo::command();
+        if let Some(path) = path {
+            command.env("PATH", path);
+        }
         while let Some((name, value)) = words.peek().and_then(|word| word.split_once('=')) {
             command.env(name, value);
             words.next();
@@ -120,13 +121,6 @@ fn all(lines: &[String]) -> Verdict {
         }
     }
     Ok(true)
-}
-
-fn has_cargo_deny() -> bool {
-    let mut command: Command = cargo::command();
-    command.args(["deny", "--version"]);
-    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
-    output.is_ok_and(|status| status.success())
 }
 
 fn seconds(time: Duration) -> String {

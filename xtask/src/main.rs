@@ -10,6 +10,7 @@ mod deps;
 mod sources;
 mod tally;
 mod test;
+mod tools;
 mod tree;
 mod words;
 
