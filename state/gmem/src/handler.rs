@@ -29,6 +29,8 @@ enum Mismatch {
     Identity { record: abi::vm::Identity, arena: abi::vm::Identity },
     #[error("its extents are not one region of the arena, whole and from its start")]
     Extents,
+    #[error("the frames of guest memory {name} are not preserved")]
+    NotPreserved { name: abi::gmem::MemoryName },
     #[error("guest memory {name} is not frozen")]
     NotFrozen { name: abi::gmem::MemoryName },
     #[error("not guest memory")]
@@ -160,6 +162,9 @@ impl Handler for GmemHandler {
             return Err(refuse(Errno::EINVAL)(Mismatch::Identity { record, arena }));
         }
         let inode = self.inode(&record).map_err(refuse(Errno::EINVAL))?;
+        if !context.kho.is_preserved(inode.frames()) {
+            return Err(refuse(Errno::EINVAL)(Mismatch::NotPreserved { name: record.name }));
+        }
         Ok(inode)
     }
 

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use abi::Malformed;
+use abi::Problem;
 use abi::arena::Header;
 use abi::arena::OWNERSHIP_ADDRESS;
 use abi::arena::OwnershipWord;
@@ -19,6 +20,7 @@ use luo::File;
 use luo::Luo;
 use luo::Token;
 use pages::PAGE_SIZE;
+use pages::PageRange;
 use region::Arena;
 use region::Mapping;
 use region::OutOfRange;
@@ -316,7 +318,19 @@ fn region_table(arena: &Arena, came: usize) -> Result<Vec<RegionEntry>, AttachEr
     }
     let tree = kho::Tree::read(arena).map_err(AttachError::Malformed)?;
     let table = tree.fdt.subtree(&regions::SUBTREE).ok_or(AttachError::Regions { told: 0, came })?;
-    regions::read(arena, table.data).map_err(AttachError::Malformed)
+    let entries = regions::read(arena, table.data).map_err(AttachError::Malformed)?;
+    // It stays where it is from life to life. Were its frames not marked, this life would give them out.
+    let frames =
+        PageRange::of_bytes(table.data, (regions::encode(&entries).len() as u64).next_multiple_of(PAGE_SIZE));
+    if frames.is_ok_and(|frames| frames.pages().all(|frame| tree.blocks.contains_key(&frame.get()))) {
+        return Ok(entries);
+    }
+    Err(AttachError::Malformed(Malformed {
+        format: regions::FORMAT.compatible,
+        address: table.data,
+        field: "frames",
+        problem: Problem::Structure("are not preserved"),
+    }))
 }
 
 fn check_size(index: usize, entry: &RegionEntry, mapping: &Mapping) -> Result<(), AttachError> {

@@ -6,6 +6,7 @@ use abi::Memory;
 use abi::MemoryMut;
 use abi::arena::OWNERSHIP_ADDRESS;
 use abi::luo::FileSer;
+use pages::PageRange;
 use proptest::prelude::*;
 use region::Arena;
 use tideover_machine::AttachError;
@@ -198,6 +199,30 @@ fn a_record_of_another_kind_than_its_entry_says_is_refused() {
         let error = with_entry(one, |file, of| file.data = of(other).data);
         assert!(matches!(error, AttachError::Retrieve(_)), "{error:?}");
     }
+}
+
+/// Changes the published tree, and gives what attaching says.
+fn with_tree(change: impl FnOnce(&mut kho::Kho)) -> AttachError {
+    let orphan = orphan();
+    let mut kho = kho::Kho::attach(Box::new(orphan.arena)).unwrap();
+    change(&mut kho);
+    kho.commit().unwrap();
+    Incoming::attach(orphan.regions).unwrap_err()
+}
+
+#[test]
+fn a_region_table_whose_frame_is_not_preserved_is_refused() {
+    let error = with_tree(|kho| {
+        let table = kho.subtree(&abi::regions::SUBTREE).unwrap().data;
+        kho.free(PageRange::of_bytes(table, 4096).unwrap());
+    });
+    assert!(matches!(&error, AttachError::Malformed(malformed) if malformed.field == "frames"), "{error:?}");
+}
+
+#[test]
+fn guest_memory_that_is_not_preserved_is_refused() {
+    let error = with_tree(|kho| kho.unpreserve(PageRange::of_bytes(1 << 30, 4 << 20).unwrap()).unwrap());
+    assert!(matches!(error, AttachError::Retrieve(_)), "{error:?}");
 }
 
 #[test]

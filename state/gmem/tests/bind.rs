@@ -1,0 +1,126 @@
+//! Whose VM object may see guest memory, and where.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
+
+use std::sync::Arc;
+
+use abi::gmem::MemoryName;
+use abi::gmem::flags;
+use abi::vm::Identity;
+use kvm::MemorySlots;
+use kvm::SlotError;
+use kvm::VmBuilder;
+use kvm::kvm_ioctls::Kvm;
+use pages::PageRange;
+use region::Mapping;
+use region::Region;
+use tideover_gmem::BindError;
+use tideover_gmem::Binding;
+use tideover_gmem::GmemFile;
+use tideover_gmem::Inode;
+use tideover_gmem::OpenError;
+
+const MIB: u64 = 1 << 20;
+const OURS: Identity = Identity::new([1; 16]);
+const THEIRS: Identity = Identity::new([2; 16]);
+
+fn inode() -> Arc<Inode> {
+    let mapping = Arc::new(Region::create("bound", 8 * MIB).unwrap().map().unwrap());
+    let frames = PageRange::of_bytes(1 << 30, 8 * MIB).unwrap();
+    Inode::new(MemoryName::literal("ram"), OURS, mapping, frames, flags::MMAP)
+}
+
+fn slots() -> MemorySlots<Arc<Mapping>> {
+    VmBuilder::create(&Kvm::new().unwrap()).unwrap().memory_slots()
+}
+
+fn binding(slot: u32, offset_mib: u64, len_mib: u64) -> Binding {
+    let (offset_bytes, len_bytes) = (offset_mib * MIB, len_mib * MIB);
+    Binding { slot, guest_address: 0x1_0000_0000 + u64::from(slot) * 16 * MIB, offset_bytes, len_bytes }
+}
+
+#[test]
+fn memory_is_opened_for_its_own_machine_only() {
+    let inode = inode();
+    let refused = GmemFile::open(Arc::clone(&inode), THEIRS).unwrap_err();
+    assert_eq!(refused, OpenError { name: inode.name(), owner: OURS, asked: THEIRS });
+    let file = GmemFile::open(Arc::clone(&inode), OURS).unwrap();
+    assert!(Arc::ptr_eq(file.inode(), &inode));
+    assert_eq!(file.bindings(), []);
+}
+
+#[test]
+fn a_file_keeps_the_memory_that_its_maker_let_go() {
+    let inode = inode();
+    inode.mapping().write(0, b"kept").unwrap();
+    let file = GmemFile::open(inode, OURS).unwrap();
+    let mut read = [0; 4];
+    file.inode().mapping().read(0, &mut read).unwrap();
+    assert_eq!(&read, b"kept");
+}
+
+#[test]
+fn a_page_has_one_place_in_a_vm() {
+    harness::need!(kvm);
+    let mut slots = slots();
+    let mut file = GmemFile::open(inode(), OURS).unwrap();
+    file.bind(&mut slots, binding(0, 2, 2)).unwrap();
+    for (offset, len) in [(2, 2), (2, 1), (3, 1), (1, 2), (3, 4), (0, 8)] {
+        match file.bind(&mut slots, binding(1, offset, len)) {
+            Err(BindError::Bound { slot, offset_bytes, .. }) => {
+                assert_eq!((slot, offset_bytes), (0, offset * MIB))
+            }
+            other => panic!("{offset} {len}: {other:?}"),
+        }
+    }
+    file.bind(&mut slots, binding(1, 4, 4)).unwrap();
+    file.bind(&mut slots, binding(2, 0, 2)).unwrap();
+    assert_eq!(file.bindings(), [binding(0, 2, 2), binding(1, 4, 4), binding(2, 0, 2)]);
+}
+
+#[test]
+fn a_binding_that_no_slot_can_be_is_refused_and_leaves_nothing() {
+    harness::need!(kvm);
+    let mut slots = slots();
+    let mut file = GmemFile::open(inode(), OURS).unwrap();
+    let refused = |file: &mut GmemFile, slots: &mut _, binding| match file.bind(slots, binding) {
+        Err(BindError::Slot { source, .. }) => source,
+        other => panic!("{other:?}"),
+    };
+    let cases = [
+        binding(0, 4, 5),
+        binding(0, 8, 1),
+        binding(0, 0, 0),
+        Binding { offset_bytes: 1, ..binding(0, 0, 1) },
+        Binding { len_bytes: u64::MAX, ..binding(0, 0, 1) },
+        Binding { offset_bytes: u64::MAX - 4095, ..binding(0, 0, 1) },
+    ];
+    for case in cases {
+        let error = refused(&mut file, &mut slots, case);
+        assert!(
+            matches!(
+                error,
+                SlotError::MemoryRange { .. } | SlotError::Unaligned { .. } | SlotError::GuestRange { .. }
+            ),
+            "{error:?}"
+        );
+        assert_eq!(file.bindings(), []);
+    }
+    file.bind(&mut slots, binding(0, 0, 8)).unwrap();
+    let other = inode();
+    let mut other = GmemFile::open(other, OURS).unwrap();
+    assert!(matches!(refused(&mut other, &mut slots, binding(0, 0, 8)), SlotError::InUse { .. }));
+    let here = Binding { slot: 1, ..binding(0, 0, 8) };
+    assert!(matches!(refused(&mut other, &mut slots, here), SlotError::Overlap { .. }));
+}
+
+#[test]
+fn another_vm_object_sees_the_memory_at_places_of_its_own() {
+    harness::need!(kvm);
+    let inode = inode();
+    let (mut first, mut second) = (slots(), slots());
+    let mut one = GmemFile::open(Arc::clone(&inode), OURS).unwrap();
+    let mut other = GmemFile::open(inode, OURS).unwrap();
+    one.bind(&mut first, binding(0, 0, 8)).unwrap();
+    other.bind(&mut second, binding(3, 0, 8)).unwrap();
+    assert_eq!(other.bindings(), [binding(3, 0, 8)]);
+}
