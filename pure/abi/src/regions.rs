@@ -30,7 +30,7 @@ pub const FORMAT: Format = Format {
     kind: *b"REGS",
     version: 1,
     oldest: 1,
-    max_payload_bytes: 16 + 32 * 256,
+    max_payload_bytes: 16 + 40 * 256,
 };
 
 /// Name of the KHO subtree.
@@ -66,6 +66,7 @@ struct EntrySer {
     page_bytes: U64,
     store: U32,
     reserved: U32,
+    file: U64,
 }
 
 /// One region.
@@ -77,6 +78,9 @@ pub struct RegionEntry {
     pub page_bytes: u64,
     /// What its memory comes from.
     pub store: Store,
+    /// Inode number of its file: another file of the same size is another region. A carrier that brings the
+    /// machine to another kernel writes the new numbers.
+    pub file: u64,
 }
 
 /// The bytes of the table.
@@ -89,6 +93,7 @@ pub fn encode(entries: &[RegionEntry]) -> Vec<u8> {
             page_bytes: entry.page_bytes.into(),
             store: entry.store.code().into(),
             reserved: 0.into(),
+            file: entry.file.into(),
         };
         payload.extend_from_slice(ser.as_bytes());
     }
@@ -125,7 +130,7 @@ fn read_entry(place: Place, entry: &EntrySer) -> Result<RegionEntry, Malformed> 
     if !page_bytes.is_power_of_two() || page_bytes < PAGE_SIZE {
         return Err(place.bad("page_bytes", Problem::Unknown { found: page_bytes }));
     }
-    Ok(RegionEntry { range, page_bytes, store })
+    Ok(RegionEntry { range, page_bytes, store, file: entry.file.get() })
 }
 
 #[cfg(test)]
@@ -136,7 +141,7 @@ mod tests {
 
     fn entry(base: u64, size_bytes: u64) -> RegionEntry {
         let range = PageRange::of_bytes(base, size_bytes).unwrap();
-        RegionEntry { range, page_bytes: 4096, store: Store::Memfd }
+        RegionEntry { range, page_bytes: 4096, store: Store::Memfd, file: base ^ 0x1234_5678_9ABC }
     }
 
     fn read_back(entries: &[RegionEntry]) -> Result<Vec<RegionEntry>, Malformed> {

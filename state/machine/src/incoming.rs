@@ -89,6 +89,16 @@ pub enum AttachError {
         /// In truth, in bytes.
         came: u64,
     },
+    /// A region is another file than the one that the metadata tells of: another machine's, or out of order.
+    #[error("region {index} is the file {came}, the metadata says {told}")]
+    File {
+        /// Its number.
+        index: usize,
+        /// Inode number in the region table.
+        told: u64,
+        /// In truth.
+        came: u64,
+    },
     /// The arena holds no session, or several.
     #[error("the arena holds {sessions} sessions, and should hold the machine's alone")]
     Sessions {
@@ -160,9 +170,8 @@ impl Incoming {
     /// Checks regions that came from another process, and maps them: region 0 first, then the others in the order
     /// of the region table.
     ///
-    /// Guest memory bears no mark of whose it is, since every byte of it is the guest's. So of two regions of one
-    /// size it cannot be told which is which: that they are this machine's, and in order, is for whoever
-    /// hands them over to see to.
+    /// Guest memory bears no mark of whose it is, since every byte of it is the guest's. Which file it is, by its
+    /// inode number, stands in the region table.
     ///
     /// # Errors
     /// [`AttachError`]; then nothing stays mapped, and nothing was written.
@@ -177,10 +186,10 @@ impl Incoming {
         if entries.len() != came {
             return Err(AttachError::Regions { told: entries.len(), came });
         }
-        check_size(0, &entries[0], &region0)?;
+        check_region(0, &entries[0], &region0)?;
         for ((index, entry), region) in (1..).zip(&entries[1..]).zip(offered) {
             let mapping = accept("memory", region)?;
-            check_size(index, entry, &mapping)?;
+            check_region(index, entry, &mapping)?;
             // The table was checked for overlap when it was read.
             let _ = arena.place(entry.range, mapping);
         }
@@ -333,9 +342,13 @@ fn region_table(arena: &Arena, came: usize) -> Result<Vec<RegionEntry>, AttachEr
     }))
 }
 
-fn check_size(index: usize, entry: &RegionEntry, mapping: &Mapping) -> Result<(), AttachError> {
+fn check_region(index: usize, entry: &RegionEntry, mapping: &Mapping) -> Result<(), AttachError> {
     let (told, came) = (entry.range.len_bytes(), mapping.len_bytes());
-    if told == came { Ok(()) } else { Err(AttachError::Size { index, told, came }) }
+    if told != came {
+        return Err(AttachError::Size { index, told, came });
+    }
+    let (told, came) = (entry.file, mapping.region().file_number().map_err(AttachError::Region)?);
+    if told == came { Ok(()) } else { Err(AttachError::File { index, told, came }) }
 }
 
 /// Reads the machine's session as it is published now.

@@ -46,8 +46,9 @@ pub struct MemoryPlace {
 }
 
 impl MemoryPlace {
-    pub(crate) fn entry(&self) -> RegionEntry {
-        RegionEntry { range: self.frames, page_bytes: self.page_bytes, store: Store::Memfd }
+    /// What the region table says of the region here, whose file has this inode number.
+    pub(crate) fn entry(&self, file: u64) -> RegionEntry {
+        RegionEntry { range: self.frames, page_bytes: self.page_bytes, store: Store::Memfd, file }
     }
 }
 

@@ -227,7 +227,7 @@ impl Machine {
         let word = ownership.begin(nonce);
         let frames = layout::REGION0_BYTES / PAGE_SIZE;
         let mut kho = Kho::format(Box::new(arena.clone()), identity, frames).map_err(CreateError::Commit)?;
-        write_region_table(&mut kho, &places).map_err(CreateError::Store)?;
+        write_region_table(&mut kho, &arena, &places)?;
         let record = VmRecord { identity, vm_type: 0, vcpus: spec.vcpus };
         let mut machine = Self {
             name: spec.name,
@@ -537,10 +537,13 @@ fn make_regions(
     Ok((arena, memories))
 }
 
-fn write_region_table(kho: &mut Kho, places: &[MemoryPlace]) -> Result<(), StoreError> {
-    let entries: Vec<_> = places.iter().map(MemoryPlace::entry).collect();
+fn write_region_table(kho: &mut Kho, arena: &Arena, places: &[MemoryPlace]) -> Result<(), CreateError> {
+    let mut entries = Vec::new();
+    for (place, placed) in places.iter().zip(arena.regions()) {
+        entries.push(place.entry(placed.mapping.region().file_number().map_err(CreateError::Region)?));
+    }
     let bytes = regions::encode(&entries);
-    let data = kho.store(&bytes)?.start().address();
+    let data = kho.store(&bytes).map_err(CreateError::Store)?.start().address();
     kho.set_subtree(Subtree { name: regions::SUBTREE, data, size: bytes.len() as u64 });
     Ok(())
 }

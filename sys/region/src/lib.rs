@@ -163,6 +163,15 @@ impl Region {
         &self.name
     }
 
+    /// Inode number of its file, which no other living region of this kernel has.
+    ///
+    /// # Errors
+    /// [`RegionError::Call`] if the kernel does not say.
+    pub fn file_number(&self) -> Result<u64, RegionError> {
+        let stat = rustix::fs::fstat(&self.fd).map_err(|errno| call_error("look at", &self.name, errno))?;
+        Ok(stat.st_ino)
+    }
+
     /// Bytes that it has pages for now, whoever touched them.
     ///
     /// # Errors

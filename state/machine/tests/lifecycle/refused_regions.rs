@@ -64,6 +64,24 @@ fn of_another_machine_with_other_sizes() {
 }
 
 #[test]
+fn of_another_machine_with_the_same_sizes() {
+    let (one, other) = (machine(&spec("one", &[4, 8], &[])), machine(&spec("other", &[4, 8], &[])));
+    for index in [1, 2] {
+        let mut mixed = offered(&one);
+        mixed[index] = offered(&other).remove(index);
+        assert!(matches!(refused(mixed), AttachError::File { index: at, .. } if at == index));
+    }
+}
+
+#[test]
+fn of_one_size_in_another_order() {
+    let machine = machine(&spec("twins", &[4, 4], &[]));
+    let mut swapped = offered(&machine);
+    swapped.swap(1, 2);
+    assert!(matches!(refused(swapped), AttachError::File { index: 1, .. }));
+}
+
+#[test]
 fn that_are_not_sealed() {
     let machine = machine(&spec("unsealed-region", &[4], &[]));
     let mut regions = offered(&machine);
