@@ -7,7 +7,6 @@ use std::sync::PoisonError;
 use abi::gmem::Extent;
 use abi::gmem::FORMAT;
 use abi::gmem::GmemRecord;
-use abi::record::Format;
 use luo::Compatible;
 use luo::Context;
 use luo::Errno;
@@ -15,7 +14,6 @@ use luo::File;
 use luo::FileId;
 use luo::Handler;
 use luo::HandlerError;
-use pages::PAGE_SIZE;
 use pages::PageRange;
 use region::Arena;
 use thiserror::Error;
@@ -82,15 +80,7 @@ impl GmemHandler {
         if let Some(frames) = frames {
             let _ = context.kho.unpreserve(frames);
         }
-        free_record(context, data);
-    }
-}
-
-/// Gives the frames of the record at `data` back. What is no record keeps its frames: who knows whose they are.
-fn free_record(context: &mut Context<'_>, data: u64) {
-    let Ok((_, payload)) = FORMAT.read(&context.kho.memory(), data) else { return };
-    if let Ok(range) = PageRange::of_bytes(data, Format::pages(payload.len() as u64) * PAGE_SIZE) {
-        context.kho.free(range);
+        context.kho.free_record(&FORMAT, data);
     }
 }
 

@@ -35,6 +35,7 @@ use abi::radix::Key;
 use abi::radix::LEAF_BITS;
 use abi::radix::Node;
 use abi::radix::WORDS;
+use abi::record::Format;
 use abi::vm::Identity;
 use abi::vmalloc::CHUNK_BLOCKS;
 use abi::vmalloc::Descriptor;
@@ -293,6 +294,15 @@ impl Kho {
             return Err(none);
         }
         self.memory.write(pfn.address(), bytes)
+    }
+
+    /// Gives the frames of the record of `format` at `address` back, as [`Kho::free`] does. What is no such record
+    /// keeps its frames: who knows whose they are.
+    pub fn free_record(&mut self, format: &Format, address: u64) {
+        let Ok((_, payload)) = format.read(&self.memory.as_ref(), address) else { return };
+        if let Ok(range) = PageRange::of_bytes(address, Format::pages(payload.len() as u64) * PAGE_SIZE) {
+            self.free(range);
+        }
     }
 
     /// Keeps `bytes` in scattered frames of region 0 that a `kho_vmalloc` list names.

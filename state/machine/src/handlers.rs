@@ -5,7 +5,6 @@ use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 
-use abi::record::Format;
 use abi::state;
 use abi::state::StateName;
 use abi::state::StateRecord;
@@ -19,8 +18,6 @@ use luo::File;
 use luo::FileId;
 use luo::Handler;
 use luo::HandlerError;
-use pages::PAGE_SIZE;
-use pages::PageRange;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -40,15 +37,6 @@ fn invalid(why: Mismatch) -> HandlerError {
 fn check_identity(context: &Context<'_>, record: Identity) -> Result<(), HandlerError> {
     let arena = context.kho.identity();
     if record == arena { Ok(()) } else { Err(invalid(Mismatch::Identity { record, arena })) }
-}
-
-/// Gives the frames of the record of `format` at `data` back. What is no such record keeps its frames: who
-/// knows whose they are.
-fn free_record(context: &mut Context<'_>, format: &Format, data: u64) {
-    let Ok((_, payload)) = format.read(&context.kho.memory(), data) else { return };
-    if let Ok(range) = PageRange::of_bytes(data, Format::pages(payload.len() as u64) * PAGE_SIZE) {
-        context.kho.free(range);
-    }
 }
 
 /// The machine as a preserved file: its identity, and what a VM object for it needs to be.
@@ -97,7 +85,7 @@ impl Handler for VmHandler {
     }
 
     fn unpreserve(&self, context: &mut Context<'_>, _: &File, data: u64) {
-        free_record(context, &vm::FORMAT, data);
+        context.kho.free_record(&vm::FORMAT, data);
     }
 
     fn freeze(&self, _: &mut Context<'_>, _: &File, data: u64) -> Result<u64, HandlerError> {
@@ -120,7 +108,7 @@ impl Handler for VmHandler {
     }
 
     fn finish(&self, context: &mut Context<'_>, _: Option<&File>, data: u64) {
-        free_record(context, &vm::FORMAT, data);
+        context.kho.free_record(&vm::FORMAT, data);
     }
 }
 
@@ -191,7 +179,7 @@ impl StateHandler {
             // A list that cannot be read any more keeps its frames: lost, but never handed out twice.
             let _ = context.kho.free_list(&record.list);
         }
-        free_record(context, &state::FORMAT, data);
+        context.kho.free_record(&state::FORMAT, data);
     }
 }
 
