@@ -34,6 +34,7 @@ mod successor;
 use std::time::Duration;
 
 use machine::update::Capabilities;
+pub use message::LinkError;
 pub use message::PROTOCOL;
 pub use predecessor::Fatal;
 pub use predecessor::Offer;

@@ -1,15 +1,16 @@
 //! What the two sides say to each other: JSON, one message a packet, at most 64 KiB.
 //!
-//! What comes from the other side is an allegation: lengths are checked against the descriptors, names are
-//! escaped where they are shown, and what is not the message that is due ends the update.
+//! What comes from the other side is an allegation: lengths are checked against the descriptors, words are
+//! escaped and cut where they are shown, and what is not the message that is due, with the descriptors that are
+//! due, ends the update.
 
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::MAX_MESSAGE_BYTES;
-use fdpass::MAX_MESSAGE_FDS;
 use fdpass::ReceiveError;
 use fdpass::SendError;
 use serde::Deserialize;
@@ -18,6 +19,9 @@ use thiserror::Error;
 
 /// Version of the messages. Both sides say theirs first, and they have to be equal.
 pub const PROTOCOL: u32 = 1;
+
+/// The most characters of the other side's words that are shown, or of ours that it is told.
+const MAX_SHOWN: usize = 1000;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "snake_case")]
@@ -76,7 +80,7 @@ impl Message {
 }
 
 /// Why the other side was not understood, or not reached.
-#[derive(Debug, Error)]
+#[derive(Debug, Clone, Error)]
 pub enum LinkError {
     /// It is gone.
     #[error("the other side is gone")]
@@ -127,6 +131,13 @@ pub enum LinkError {
     },
 }
 
+/// Words of the other side as they may be shown: escaped, and not more of them than somebody reads.
+pub(crate) fn shown(words: &str) -> String {
+    let mut letters = words.chars();
+    let shown: String = letters.by_ref().take(MAX_SHOWN).flat_map(char::escape_debug).collect();
+    if letters.next().is_none() { shown } else { shown + "…" }
+}
+
 pub(crate) fn send(
     channel: &Channel,
     message: &Message,
@@ -134,41 +145,72 @@ pub(crate) fn send(
     deadline: Deadline,
 ) -> Result<(), LinkError> {
     let bytes = serde_json::to_vec(message).unwrap_or_default();
-    channel.send(&bytes, fds, deadline).map_err(|source| LinkError::Send { message: message.name(), source })
+    channel.send(&bytes, fds, deadline).map_err(|source| match source {
+        SendError::Closed => parting(channel),
+        source => LinkError::Send { message: message.name(), source },
+    })
 }
 
-/// Receives the message called `awaited`; another one is an error.
+/// What the other side said last, before it went.
+fn parting(channel: &Channel) -> LinkError {
+    match receive(channel, "nothing", Deadline::after(Duration::ZERO)) {
+        Err(refused @ LinkError::Refused { .. }) => refused,
+        _ => LinkError::Closed,
+    }
+}
+
+/// Tells the other side that this one gives up, and why.
+pub(crate) fn refuse(channel: &Channel, reason: &str) {
+    let soon = Deadline::after(Duration::from_millis(100));
+    let reason = reason.chars().take(MAX_SHOWN).collect();
+    // It may be gone: then it need not be told.
+    let _ = send(channel, &Message::Refuse { reason }, &[], soon);
+}
+
+/// Receives the message called `awaited`, which comes without descriptors; another one is an error.
 pub(crate) fn receive(
     channel: &Channel,
     awaited: &'static str,
     deadline: Deadline,
+) -> Result<Message, LinkError> {
+    receive_with(channel, awaited, 0, deadline).map(|(message, _)| message)
+}
+
+/// Receives the message called `awaited`, with at most `max_fds` descriptors; another one is an error.
+pub(crate) fn receive_with(
+    channel: &Channel,
+    awaited: &'static str,
+    max_fds: usize,
+    deadline: Deadline,
 ) -> Result<(Message, Vec<OwnedFd>), LinkError> {
-    let received = match channel.receive(MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, deadline) {
+    let received = match channel.receive(MAX_MESSAGE_BYTES, max_fds, deadline) {
         Ok(received) => received,
         Err(ReceiveError::Closed) => return Err(LinkError::Closed),
         Err(ReceiveError::TimedOut) => return Err(LinkError::TimedOut { awaited }),
         Err(source) => return Err(LinkError::Receive { awaited, source }),
     };
     match serde_json::from_slice::<Message>(&received.bytes) {
-        Ok(Message::Refuse { reason }) => {
-            Err(LinkError::Refused { reason: reason.escape_debug().to_string() })
-        }
+        Ok(Message::Refuse { reason }) => Err(LinkError::Refused { reason: shown(&reason) }),
         Ok(message) if message.name() == awaited => Ok((message, received.fds)),
         Ok(message) => Err(LinkError::Unexpected { awaited, came: message.name().to_owned() }),
-        Err(error) => Err(LinkError::Unexpected { awaited, came: format!("something unreadable ({error})") }),
+        Err(error) => {
+            // What could not be read stands in the text.
+            let came = format!("something unreadable ({})", shown(&error.to_string()));
+            Err(LinkError::Unexpected { awaited, came })
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::os::fd::AsFd;
 
     use super::*;
 
     fn exchange(bytes: &[u8]) -> Result<Message, LinkError> {
         let (one, other) = Channel::pair().unwrap();
         one.send(bytes, &[], Deadline::after(Duration::from_secs(1))).unwrap();
-        receive(&other, "accept", Deadline::after(Duration::from_secs(1))).map(|(message, _)| message)
+        receive(&other, "accept", Deadline::after(Duration::from_secs(1)))
     }
 
     #[test]
@@ -194,6 +236,45 @@ mod tests {
         let refusal =
             exchange("{\"message\":\"refuse\",\"reason\":\"no\\u001b[2J\"}".as_bytes()).unwrap_err();
         assert_eq!(refusal.to_string(), "the other side gives up: no\\u{1b}[2J");
+    }
+
+    #[test]
+    fn who_gives_up_and_goes_is_heard_all_the_same() {
+        let send = |channel: &Channel| send(channel, &Message::Accept, &[], Deadline::after(Duration::ZERO));
+        let (one, other) = Channel::pair().unwrap();
+        refuse(&other, "no room");
+        drop(other);
+        assert!(matches!(send(&one), Err(LinkError::Refused { reason }) if reason == "no room"));
+        assert!(matches!(send(&one), Err(LinkError::Closed)));
+    }
+
+    #[test]
+    fn unreadable_words_are_escaped_and_cut() {
+        let unknown = exchange("{\"message\":\"\\u001b[2J\"}".as_bytes()).unwrap_err().to_string();
+        assert!(unknown.contains("unknown variant `\\u{1b}[2J`"), "{unknown}");
+        let long = format!(r#"{{"message":"{}"}}"#, "x".repeat(60_000));
+        let long = exchange(long.as_bytes()).unwrap_err().to_string();
+        assert!(long.contains("xxx…") && long.len() < 2 * MAX_SHOWN, "{}", long.len());
+        let (one, other) = Channel::pair().unwrap();
+        refuse(&one, &"\u{1b}".repeat(60_000));
+        let error = receive(&other, "accept", Deadline::after(Duration::from_secs(1))).unwrap_err();
+        let LinkError::Refused { reason } = error else { panic!("{error}") };
+        assert_eq!(reason, "\\u{1b}".repeat(MAX_SHOWN));
+    }
+
+    #[test]
+    fn a_descriptor_comes_only_where_it_is_due() {
+        let (one, other) = Channel::pair().unwrap();
+        let soon = || Deadline::after(Duration::from_secs(1));
+        let sent = || send(&one, &Message::Memory, &[one.as_fd(), other.as_fd()], soon()).unwrap();
+        sent();
+        assert_eq!(receive_with(&other, "memory", 2, soon()).unwrap().1.len(), 2);
+        for max_fds in [0, 1] {
+            sent();
+            let error = receive_with(&other, "memory", max_fds, soon()).unwrap_err();
+            let LinkError::Receive { awaited: "memory", source } = error else { panic!("{error}") };
+            assert!(matches!(source, ReceiveError::TooManyFds { .. }), "{source}");
+        }
     }
 
     #[test]

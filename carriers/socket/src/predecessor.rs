@@ -4,6 +4,7 @@ use std::error::Error as StdError;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::process;
+use std::thread;
 use std::time::Duration;
 
 use fdpass::Channel;
@@ -14,10 +15,12 @@ use gmem::FreezeError;
 use machine::Machine;
 use machine::SealError;
 use machine::UnsealError;
+use machine::ownership::OwnershipError;
 use machine::update::Guest;
 use machine::update::Observer;
 use machine::update::Step;
 use machine::update::Timeline;
+use region::liveness;
 use thiserror::Error;
 use tracing::info;
 use tracing::warn;
@@ -27,6 +30,9 @@ use crate::message;
 use crate::message::LinkError;
 use crate::message::Message;
 use crate::message::PROTOCOL;
+
+/// How long to wait for what shows that a process lives, after its end of the channel is closed.
+pub(crate) const DEATH: Duration = Duration::from_millis(500);
 
 /// What the predecessor offers beside the machine.
 #[derive(Debug, Default)]
@@ -71,6 +77,9 @@ pub struct Report {
     pub unclaimed: Vec<u64>,
     /// What the successor's VMM tells.
     pub vmm: serde_json::Value,
+    /// Why the successor did not tell it, if so. It has the machine, and lives; whether the guest is well it did not
+    /// say.
+    pub silent: Option<LinkError>,
 }
 
 impl Report {
@@ -96,6 +105,9 @@ pub enum Reason {
         #[source]
         source: LinkError,
     },
+    /// The successor says that it runs the guest, and has not taken the machine over.
+    #[error("the successor says that it runs the guest, and has not taken the machine over")]
+    NotTaken,
     /// The successor cannot read what it would get.
     #[error("the successor cannot read {}", .formats.join(", "))]
     Formats {
@@ -140,6 +152,12 @@ pub enum Fatal {
         #[source]
         source: UnsealError,
     },
+    /// This process ran the guest, and the ownership word says otherwise: it must not run here.
+    #[error("the machine is not this process's any more")]
+    NotOurs(#[source] SealError),
+    /// The successor took the machine over and died, and the guest with it.
+    #[error("the successor took the machine over, and died")]
+    Successor(#[source] LinkError),
 }
 
 /// One update, from the predecessor's side.
@@ -151,7 +169,10 @@ struct Update<'a, G: Guest> {
     observer: &'a mut dyn Observer,
     timeline: Timeline,
     successor_pid: u32,
-    paused: bool,
+    /// They stand until it is decided who runs the guest.
+    freezes: Vec<Freeze>,
+    /// When the guest was told to stand still.
+    paused_ns: Option<u64>,
     sealed: bool,
 }
 
@@ -178,11 +199,12 @@ pub fn hand_over<G: Guest>(
         observer,
         timeline: Timeline::default(),
         successor_pid: 0,
-        paused: false,
+        freezes: Vec::new(),
+        paused_ns: None,
         sealed: false,
     };
-    match update.prepare().and_then(|freezes| update.pause_and_seal().map(|()| freezes)) {
-        Ok(freezes) => update.finish(freezes),
+    match update.prepare().and_then(|()| update.pause_and_seal()) {
+        Ok(()) => update.finish(),
         Err(reason) => update.go_back(reason),
     }
 }
@@ -193,51 +215,56 @@ impl<G: Guest> Update<'_, G> {
         self.observer.reached(step);
     }
 
-    fn note(&mut self, steps: &[(String, u64)]) {
-        // The successor's own words: steps that it does not have are passed over.
+    /// Takes in what the successor says of its steps, after `after` and up to `last`: of others it knows nothing.
+    fn note(&mut self, steps: &[(String, u64)], after: Step, last: Step) {
         let known = steps.iter().filter_map(|(name, at)| Some((Step::named(name)?, *at)));
-        known.for_each(|(step, at)| self.timeline.note(step, at));
+        known
+            .filter(|(step, _)| *step > after && *step <= last)
+            .for_each(|(step, at)| self.timeline.note(step, at));
     }
 
     /// Everything that happens while the guest runs.
-    fn prepare(&mut self) -> Result<Vec<Freeze>, Reason> {
+    fn prepare(&mut self) -> Result<(), Reason> {
         let deadline = Deadline::after(self.offer.timeouts.prepare);
         self.channel.require_same_user().map_err(Reason::Peer)?;
         self.agree(deadline)?;
         let freeze = |memory: &machine::Memory| memory.inode.freeze().map_err(Reason::Freeze);
-        let freezes = self.machine.memories().iter().map(freeze).collect::<Result<Vec<_>, _>>()?;
+        self.freezes = self.machine.memories().iter().map(freeze).collect::<Result<_, _>>()?;
         let link = |step| move |source| Reason::Link { step, source };
         let mut fds: Vec<BorrowedFd<'_>> = self.machine.regions().map(AsFd::as_fd).collect();
         fds.extend(self.offer.descriptors.iter().map(|(_, fd)| *fd));
         message::send(self.channel, &Message::Memory, &fds, deadline).map_err(link(Step::Received))?;
-        let (warm, _) = message::receive(self.channel, "warm", deadline).map_err(link(Step::Warm))?;
+        let warm = message::receive(self.channel, "warm", deadline).map_err(link(Step::Warm))?;
         if let Message::Warm { steps } = warm {
-            self.note(&steps);
+            self.note(&steps, Step::Offered, Step::Attached);
         }
-        // What the successor sees of it later is late; the pause begins after this moment.
-        self.timeline.note(Step::Warm, monotonic_ns());
-        self.observer.reached(Step::Warm);
-        Ok(freezes)
+        // Not when the successor was ready, but when it is known here: from now on the guest does not run for long.
+        self.reached(Step::Warm);
+        Ok(())
     }
 
     /// Who are you, and can you read what you would get?
     fn agree(&mut self, deadline: Deadline) -> Result<(), Reason> {
         let link = |step| move |source| Reason::Link { step, source };
-        let (hello, _) = message::receive(self.channel, "hello", deadline).map_err(link(Step::Connected))?;
-        let Message::Hello { protocol, program, version, pid, reads } = hello else { return Ok(()) };
+        let hello = message::receive(self.channel, "hello", deadline).map_err(link(Step::Connected))?;
+        let Message::Hello { protocol, program, version, pid, reads } = hello else {
+            return Err(link(Step::Connected)(LinkError::Closed));
+        };
         if protocol != PROTOCOL {
             return Err(link(Step::Connected)(LinkError::Protocol { theirs: protocol }));
         }
         // Of a socket pair the kernel names only its maker; then the successor's own word has to do.
         let peer = self.channel.peer().map_or(0, |peer| peer.pid);
         self.successor_pid = if peer == 0 || peer == process::id() { pid } else { peer };
-        info!(pid, program = %program.escape_debug(), version = %version.escape_debug(), "a successor is here");
+        let (program, version) = (message::shown(&program), message::shown(&version));
+        info!(pid, program, version, "a successor is here");
         self.reached(Step::Connected);
         let formats: Vec<String> =
             self.machine.formats().into_iter().chain(self.offer.formats.clone()).collect();
         let unread: Vec<String> = formats.iter().filter(|format| !reads.contains(format)).cloned().collect();
         if !unread.is_empty() {
-            self.refuse(&format!("formats that you cannot read: {}", unread.join(", ")));
+            let reason = format!("formats that you cannot read: {}", unread.join(", "));
+            message::refuse(self.channel, &reason);
             return Err(Reason::Formats { formats: unread });
         }
         let offer = Message::Offer {
@@ -257,7 +284,7 @@ impl<G: Guest> Update<'_, G> {
     /// The predecessor's half of the pause.
     fn pause_and_seal(&mut self) -> Result<(), Reason> {
         let failed = |step| move |source: G::Error| Reason::Guest { step, source: Box::new(source) };
-        self.paused = true;
+        self.paused_ns = Some(monotonic_ns());
         self.guest.pause().map_err(failed(Step::Paused))?;
         self.reached(Step::Paused);
         let states = self.guest.save().map_err(failed(Step::Saved))?;
@@ -268,76 +295,102 @@ impl<G: Guest> Update<'_, G> {
         let deadline = Deadline::after(self.offer.timeouts.hand_over);
         let link = |source| Reason::Link { step: Step::Running, source };
         message::send(self.channel, &Message::Sealed { epoch }, &[], deadline).map_err(link)?;
-        let (running, _) = message::receive(self.channel, "running", deadline).map_err(link)?;
-        if let Message::Running { steps } = running {
-            self.note(&steps);
+        self.told_of_running(deadline).map_err(link)
+    }
+
+    fn told_of_running(&mut self, deadline: Deadline) -> Result<(), LinkError> {
+        if let Message::Running { steps } = message::receive(self.channel, "running", deadline)? {
+            self.note(&steps, Step::Sealed, Step::Running);
         }
         Ok(())
     }
 
-    /// The successor says that it runs the guest; the ownership word has to say so, too.
-    fn finish(mut self, freezes: Vec<Freeze>) -> Result<Outcome, Fatal> {
-        let ours = self.machine.unseal();
-        if ours.is_ok() {
-            self.sealed = false;
-            let source = LinkError::Unexpected { awaited: "the ownership word", came: "running".to_owned() };
-            return self.go_back(Reason::Link { step: Step::Running, source });
+    fn told_of_settled(&mut self, deadline: Deadline) -> Result<(Vec<u64>, serde_json::Value), LinkError> {
+        match message::receive(self.channel, "settled", deadline)? {
+            Message::Settled { steps, unclaimed, vmm } => {
+                self.note(&steps, Step::Running, Step::Settled);
+                Ok((unclaimed, vmm))
+            }
+            _ => Ok((Vec::new(), serde_json::Value::Null)),
         }
-        self.observer.reached(Step::Running);
-        Ok(Outcome::Updated(self.report(freezes)))
     }
 
-    fn report(mut self, freezes: Vec<Freeze>) -> Report {
-        let deadline = Deadline::after(self.offer.timeouts.prepare);
-        let mut unclaimed = Vec::new();
-        let mut vmm = serde_json::Value::Null;
-        match message::receive(self.channel, "settled", deadline) {
-            Ok((Message::Settled { steps, unclaimed: tokens, vmm: told }, _)) => {
-                self.note(&steps);
-                unclaimed = tokens;
-                vmm = told;
+    /// The successor says that it runs the guest; the ownership word has to say so, too.
+    fn finish(mut self) -> Result<Outcome, Fatal> {
+        match self.machine.unseal() {
+            Ok(()) => {
+                self.sealed = false;
+                self.go_back(Reason::NotTaken)
             }
-            Ok(_) => {}
-            Err(error) => {
-                warn!(error = &error as &dyn StdError, "the successor runs the guest, and is silent")
-            }
+            Err(UnsealError::Ownership(OwnershipError::Lost(_))) => self.report(true),
+            Err(source) => Err(Fatal::Ownership { reason: Box::new(Reason::NotTaken), source }),
         }
-        drop(freezes);
+    }
+
+    /// The machine is the successor's. It has told that it runs, or still has to.
+    fn report(mut self, told: bool) -> Result<Outcome, Fatal> {
+        let deadline = Deadline::after(self.offer.timeouts.prepare);
+        let running = if told { Ok(()) } else { self.told_of_running(deadline) };
+        self.reached(Step::Running);
+        let settled = running.and_then(|()| self.told_of_settled(deadline));
+        let (silent, (unclaimed, vmm)) = match settled {
+            Ok(settled) => (None, settled),
+            Err(error) => {
+                if self.successor_is_dead() {
+                    return Err(Fatal::Successor(error));
+                }
+                warn!(error = &error as &dyn StdError, "the successor runs the guest, and is silent");
+                (Some(error), Default::default())
+            }
+        };
         self.observer.reached(Step::Settled);
         let (predecessor_pid, successor_pid) = (process::id(), self.successor_pid);
-        Report { predecessor_pid, successor_pid, timeline: self.timeline, unclaimed, vmm }
+        let timeline = self.timeline;
+        Ok(Outcome::Updated(Report { predecessor_pid, successor_pid, timeline, unclaimed, vmm, silent }))
     }
 
-    fn refuse(&self, reason: &str) {
-        let soon = Deadline::after(Duration::from_millis(100));
-        // It may be gone: then it need not be told.
-        let _ = message::send(self.channel, &Message::Refuse { reason: reason.to_owned() }, &[], soon);
+    /// Does nobody live who owns the machine? A process that dies closes its descriptors one after another, so
+    /// what shows that it lives may outlast its end of the channel for a moment.
+    fn successor_is_dead(&self) -> bool {
+        let soon = Deadline::after(DEATH);
+        loop {
+            let (Ok(word), Some(region0)) = (self.machine.ownership(), self.machine.regions().next()) else {
+                return false;
+            };
+            match liveness::is_held(region0, word.nonce().get()) {
+                Ok(true) if !soon.has_passed() => thread::sleep(Duration::from_millis(1)),
+                held => return matches!(held, Ok(false)),
+            }
+        }
     }
 
     /// The guest runs on here, unless the successor was faster.
     fn go_back(mut self, reason: Reason) -> Result<Outcome, Fatal> {
+        if let Reason::Seal(source @ SealError::Ownership(_)) = reason {
+            return Err(Fatal::NotOurs(source));
+        }
         let after = self.timeline.reached().last().map(|(step, _)| *step);
         if self.sealed {
             match self.machine.unseal() {
                 Ok(()) => {}
-                Err(UnsealError::Ownership(machine::ownership::OwnershipError::Lost(lost))) => {
-                    // It runs the guest, though it could not say so: an update, with a poor report.
+                Err(UnsealError::Ownership(OwnershipError::Lost(lost))) => {
+                    // It owns the machine, though it could not say so: an update, with a poor report.
                     warn!(reason = &reason as &dyn StdError, word = ?lost.found, "the successor owns the machine");
-                    self.timeline.note(Step::Running, monotonic_ns());
-                    return Ok(Outcome::Updated(self.report(Vec::new())));
+                    return self.report(false);
                 }
                 Err(source) => return Err(Fatal::Ownership { reason: Box::new(reason), source }),
             }
         }
+        // Nobody waits at a hole any more when the guest runs on.
+        self.freezes.clear();
         let mut pause = None;
-        if self.paused {
+        if let Some(paused_ns) = self.paused_ns {
             if let Err(source) = self.guest.resume() {
                 return Err(Fatal::Resume { reason: Box::new(reason), source: Box::new(source) });
             }
-            let stopped = self.timeline.at_ns(Step::Warm);
-            pause = stopped.map(|stopped| Duration::from_nanos(monotonic_ns().saturating_sub(stopped)));
+            pause = Some(Duration::from_nanos(monotonic_ns().saturating_sub(paused_ns)));
         }
-        self.refuse(&format!("the update is off: {reason}"));
+        message::refuse(self.channel, &format!("the update is off: {reason}"));
         warn!(reason = &reason as &dyn StdError, ?after, "the update is off; the guest runs on here");
         Ok(Outcome::RolledBack { reason, after, pause })
     }

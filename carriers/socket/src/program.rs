@@ -5,14 +5,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
 use std::process::Command;
 use std::process::ExitStatus;
 use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
 
 use fdpass::Channel;
+use fdpass::Deadline;
 use thiserror::Error;
 
 /// Why a program was not started.
@@ -89,15 +93,25 @@ impl Program {
         Ok(Self { path, file })
     }
 
-    /// The program at the path that this process was started from: what a machine is updated to unless something
-    /// else is allowed.
+    /// The program at the path that this process was started from, which may be a newer one by now: what a machine
+    /// is updated to unless something else is allowed.
     ///
     /// # Errors
-    /// [`ProgramError::Open`] if it is not there any more.
+    /// [`ProgramError::Open`] if there is none any more.
     pub fn this() -> Result<Self, ProgramError> {
-        let path =
-            std::env::current_exe().map_err(|source| ProgramError::Open { path: PathBuf::new(), source })?;
+        let path = Self::this_path().map_err(|source| ProgramError::Open { path: PathBuf::new(), source })?;
         Self::open(&path, std::slice::from_ref(&path))
+    }
+
+    /// The path that this process was started from.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn this_path() -> io::Result<PathBuf> {
+        let path = std::env::current_exe()?;
+        // Of a program whose file was replaced the kernel says so behind its path.
+        let replaced = path.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map(PathBuf::from);
+        Ok(replaced.filter(|_| !path.exists()).unwrap_or(path))
     }
 
     /// Starts it with `arguments`, the socket to its predecessor as its standard input.
@@ -110,6 +124,8 @@ impl Program {
     ) -> Result<(Channel, Started), ProgramError> {
         let (ours, theirs) = Channel::pair().map_err(ProgramError::Channel)?;
         let child = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+            // What a list of processes shows is the program's path, not the descriptor.
+            .arg0(&self.path)
             .args(arguments)
             .stdin(Stdio::from(theirs.into_stdio()))
             .spawn()
@@ -136,9 +152,16 @@ impl Started {
         self.child = None;
     }
 
-    /// How it ended, if it did.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.as_mut()?.try_wait().ok().flatten()
+    /// How it ended, if it does so by itself within `patience`.
+    pub fn ended(&mut self, patience: Duration) -> Option<ExitStatus> {
+        let child = self.child.as_mut()?;
+        let until = Deadline::after(patience);
+        loop {
+            match child.try_wait() {
+                Ok(None) if !until.has_passed() => thread::sleep(Duration::from_millis(1)),
+                ended => return ended.ok().flatten(),
+            }
+        }
     }
 }
 
@@ -164,6 +187,22 @@ mod tests {
         assert!(matches!(refused("/bin/true"), ProgramError::NotAllowed { .. }));
         assert!(matches!(refused("/etc/passwd"), ProgramError::NotExecutable { .. }));
         assert!(matches!(refused("/nowhere"), ProgramError::Open { .. }));
+    }
+
+    #[test]
+    fn a_successor_that_ends_by_itself_says_how() {
+        let paths = ["/bin/false", "/bin/sleep"].map(PathBuf::from);
+        let start = |path: &PathBuf| Program::open(path, &paths).unwrap().start(["60"]).unwrap();
+        let (_channel, mut ended) = start(&paths[0]);
+        assert_eq!(ended.ended(Duration::from_secs(10)).and_then(|status| status.code()), Some(1));
+        let (_channel, mut runs) = start(&paths[1]);
+        assert_eq!(runs.ended(Duration::from_millis(5)), None);
+    }
+
+    #[test]
+    fn the_path_of_this_program_is_its_file() {
+        assert!(Program::this_path().unwrap().is_file());
+        assert!(Program::this().is_ok());
     }
 
     #[test]

@@ -5,10 +5,14 @@ use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process;
+use std::thread;
+use std::time::Duration;
 
+use abi::arena::OwnershipState;
 use fdpass::Channel;
 use fdpass::ConnectError;
 use fdpass::Deadline;
+use fdpass::MAX_MESSAGE_FDS;
 use fdpass::PeerError;
 use fdpass::StdinError;
 use fdpass::monotonic_ns;
@@ -34,6 +38,7 @@ use crate::message;
 use crate::message::LinkError;
 use crate::message::Message;
 use crate::message::PROTOCOL;
+use crate::predecessor::DEATH;
 
 /// Why this process did not take the machine over. The predecessor runs it on, or will.
 #[derive(Debug, Error)]
@@ -148,7 +153,7 @@ impl Successor {
             reads: reads.clone(),
         };
         message::send(&channel, &hello, &[], deadline).map_err(link(Step::Connected))?;
-        let (offer, _) = message::receive(&channel, "offer", deadline).map_err(link(Step::Offered))?;
+        let offer = message::receive(&channel, "offer", deadline).map_err(link(Step::Offered))?;
         let Message::Offer { protocol, formats, regions, descriptors, vmm, .. } = offer else {
             return Err(link(Step::Offered)(LinkError::Closed));
         };
@@ -157,7 +162,7 @@ impl Successor {
             return Err(successor.refuse(link(Step::Offered)(LinkError::Protocol { theirs: protocol })));
         }
         let unread = formats.iter().filter(|format| !reads.contains(format));
-        let unread: Vec<String> = unread.map(|format| format.escape_debug().to_string()).collect();
+        let unread: Vec<String> = unread.map(|format| message::shown(format)).collect();
         if !unread.is_empty() {
             return Err(successor.refuse(SuccessorError::Formats { formats: unread }));
         }
@@ -180,7 +185,8 @@ impl Successor {
     /// [`SuccessorError`]
     pub fn attach(mut self, observer: &mut dyn Observer) -> Result<Attached, SuccessorError> {
         let deadline = Deadline::after(self.timeouts.prepare);
-        let (_, fds) = message::receive(&self.channel, "memory", deadline).map_err(link(Step::Received))?;
+        let memory = message::receive_with(&self.channel, "memory", MAX_MESSAGE_FDS, deadline);
+        let (_, fds) = memory.map_err(link(Step::Received))?;
         let (came, announced) = (fds.len(), self.regions.len() + self.descriptors.len());
         if came != announced {
             return Err(self.refuse(SuccessorError::Descriptors { announced, came }));
@@ -210,10 +216,7 @@ fn reached(timeline: &mut Timeline, observer: &mut dyn Observer, step: Step) {
 }
 
 fn refuse(channel: &Channel, error: SuccessorError) -> SuccessorError {
-    let soon = Deadline::after(std::time::Duration::from_millis(100));
-    let reason = chain(&error);
-    // It may be gone: then it need not be told.
-    let _ = message::send(channel, &Message::Refuse { reason }, &[], soon);
+    message::refuse(channel, &chain(&error));
     error
 }
 
@@ -281,29 +284,47 @@ impl Attached {
 
     /// Gives up, and tells the predecessor why.
     pub fn give_up(self, reason: &str) {
-        let soon = Deadline::after(std::time::Duration::from_millis(100));
-        // It may be gone: then it need not be told.
-        let _ = message::send(&self.channel, &Message::Refuse { reason: reason.to_owned() }, &[], soon);
+        message::refuse(&self.channel, reason);
     }
 
     /// Says that this side is ready, waits for the seal, and claims the machine.
     ///
     /// # Errors
-    /// [`SuccessorError`]. If the predecessor dies while it waits, the machine is claimed all the same if it was sealed.
+    /// [`SuccessorError`]. If the predecessor dies while this side waits, the machine is claimed all the same if it was
+    /// sealed.
     pub fn claim(mut self, observer: &mut dyn Observer) -> Result<Handed, SuccessorError> {
         reached(&mut self.timeline, observer, Step::Warm);
         let deadline = Deadline::after(self.timeouts.prepare);
         let warm = Message::Warm { steps: steps(&self.timeline) };
         message::send(&self.channel, &warm, &[], deadline).map_err(link(Step::Warm))?;
         let sealed = match message::receive(&self.channel, "sealed", deadline) {
-            Ok((Message::Sealed { epoch }, _)) => epoch,
+            Ok(Message::Sealed { epoch }) => epoch,
             Ok(_) => return Err(link(Step::Sealed)(LinkError::Closed)),
+            Err(LinkError::Closed) => self.left_sealed().ok_or(link(Step::Sealed)(LinkError::Closed))?,
             Err(error) => return Err(link(Step::Sealed)(error)),
         };
         let claimed = self.incoming.claim(sealed);
         let claimed = claimed.map_err(|error| refuse(&self.channel, SuccessorError::Claim(error)))?;
         reached(&mut self.timeline, observer, Step::Claimed);
         Ok(Handed { channel: self.channel, timeline: self.timeline, timeouts: self.timeouts, claimed })
+    }
+
+    /// The predecessor's end of the channel is closed: the epoch of its seal, if it sealed the machine and is dead.
+    /// One that lives takes the machine back.
+    fn left_sealed(&self) -> Option<u32> {
+        let soon = Deadline::after(DEATH);
+        loop {
+            let word = self.incoming.ownership().ok()?;
+            if word.state() != OwnershipState::Sealed {
+                return None;
+            }
+            match self.incoming.owner_lives(word) {
+                Ok(false) => return Some(word.epoch()),
+                // A process that dies closes its descriptors one after another.
+                Ok(true) if !soon.has_passed() => thread::sleep(Duration::from_millis(1)),
+                _ => return None,
+            }
+        }
     }
 }
 
@@ -324,9 +345,7 @@ impl Handed {
 
     /// Gives up, and tells the predecessor why: it takes the machine back.
     pub fn give_up(self, reason: &str) {
-        let soon = Deadline::after(std::time::Duration::from_millis(100));
-        // It may be gone: then it need not be told.
-        let _ = message::send(&self.channel, &Message::Refuse { reason: reason.to_owned() }, &[], soon);
+        message::refuse(&self.channel, reason);
     }
 
     /// Takes the machine over: the point of no return. The guest may run here from now on.

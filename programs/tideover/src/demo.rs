@@ -52,6 +52,9 @@ pub(crate) struct Result {
     pub(crate) guest_errors: u64,
     pub(crate) time_to_full_speed_us: Option<f64>,
     pub(crate) verified: bool,
+    /// Why there are not more huge pages, for people.
+    #[serde(skip)]
+    pub(crate) huge_refused: Option<i32>,
 }
 
 pub(crate) fn demo(arguments: &cli::Demo) -> anyhow::Result<ExitCode> {
@@ -236,6 +239,7 @@ fn result(status: &Status, updates: Vec<UpdateReport>, check: &CheckReport) -> R
         pages_lost: check.pages_lost,
         guest_errors: check.guest_errors,
         time_to_full_speed_us: probe.map(|probe| probe.time_to_full_speed_us),
+        huge_refused: status.huge_refused,
         verified: all_updated && whole && check.pages_checked > 0,
     }
 }

@@ -44,10 +44,13 @@ pub(crate) fn show(result: &Result) -> String {
 
 fn heading(result: &Result) -> String {
     let pages = match result.huge_bytes {
-        0 => format!("{} pages", size::show(result.page_size)),
+        0 => "4 KiB pages".to_owned(),
         huge if huge == result.memory_bytes => "2 MiB pages".to_owned(),
-        huge => format!("{} of it in 2 MiB pages", size::show(huge)),
+        huge => format!("{} of it in 2 MiB pages, the rest in 4 KiB pages", size::show(huge)),
     };
+    let refused = result.huge_refused.map(std::io::Error::from_raw_os_error);
+    let pages =
+        refused.map_or(pages.clone(), |why| format!("{pages}; the host refused more huge ones: {why}"));
     let guest = match result.guest {
         ::vmm::control::GuestKind::Kvm => "KVM guest",
         ::vmm::control::GuestKind::Thread => "Guest that is a thread (no KVM)",

@@ -14,7 +14,7 @@ pub(crate) fn vmm(arguments: Vmm) -> anyhow::Result<ExitCode> {
     match arguments.life {
         Life::Run { spec } => {
             // By default a machine is updated to the program at the path that it was started from.
-            let programs = vec![std::env::current_exe()?];
+            let programs = vec![socket::Program::this_path()?];
             ::vmm::run(&serde_json::from_str(&spec)?, programs)?;
         }
         Life::Succeed { connect } => {

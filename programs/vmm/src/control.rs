@@ -136,7 +136,7 @@ pub struct UpdateReport {
     pub successor_pid: Option<u32>,
     /// How it ended.
     pub outcome: UpdateOutcome,
-    /// Why it was rolled back.
+    /// Why it was rolled back; of an update, why the successor did not tell how it went.
     pub reason: Option<String>,
     /// From the last guest instruction before to the first after, by the host's clock, in microseconds.
     pub pause_us: Option<f64>,

@@ -24,9 +24,9 @@ use crate::serve;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
 
-/// Makes the machine, starts its guest, and serves: the control channel is this process's standard input, and the
-/// first thing that it gives is an [`Answer::Status`], or an [`Answer::Error`]. `programs` are what the machine may
-/// be updated to.
+/// Makes the machine, starts its guest, and serves: the control channel is this process's standard input. If the
+/// machine cannot be made, the first request is answered by an [`Answer::Error`]. `programs` are what the machine may be
+/// updated to.
 ///
 /// # Errors
 /// If the machine cannot be made, or its guest is lost.

@@ -121,6 +121,13 @@ pub trait Served: Guest<Error = GuestError> + Send {
     /// Formats of its states, which a successor has to be able to read.
     fn formats(&self) -> Vec<String>;
 
+    /// An update begins, and the guest's memory is about to be frozen: from then on who touches a page that is not
+    /// there waits. A guest that cannot be stopped while it waits makes sure now that it will not have to.
+    ///
+    /// # Errors
+    /// [`GuestError`]; there is no update then.
+    fn before_freeze(&self) -> Result<(), GuestError>;
+
     /// What a successor needs to know of it before the pause.
     fn before_pause(&self) -> serde_json::Value;
 

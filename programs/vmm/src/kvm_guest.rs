@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -97,6 +98,7 @@ pub struct KvmGuest {
     orders: Option<Sender<Order>>,
     thread: Option<JoinHandle<()>>,
     replies: Receiver<Reply>,
+    may_run: Arc<AtomicBool>,
     kicker: Kicker,
     _slots: MemorySlots<Arc<Mapping>>,
     _file: GmemFile,
@@ -143,6 +145,7 @@ impl Parts {
         let (orders, received) = mpsc::channel();
         let (answer, replies) = mpsc::channel();
         let kicker = self.vcpu.kicker();
+        let may_run = Arc::new(AtomicBool::new(false));
         let moments = Arc::new(Moments::default());
         let health = Health::default();
         let mut hand = Hand {
@@ -150,6 +153,8 @@ impl Parts {
             vcpu: self.vcpu,
             saver,
             loader,
+            unfinished: None,
+            may_run: Arc::clone(&may_run),
             moments: Arc::clone(&moments),
             health: health.clone(),
             answer,
@@ -159,6 +164,7 @@ impl Parts {
             orders: Some(orders),
             thread: Some(thread.map_err(below("start the vCPU's thread"))?),
             replies,
+            may_run,
             kicker,
             _slots: self.slots,
             _file: self.file,
@@ -234,6 +240,7 @@ impl Drop for KvmGuest {
     fn drop(&mut self) {
         // The thread ends at its next look for orders.
         self.orders = None;
+        self.may_run.store(false, Ordering::SeqCst);
         let _ = self.kicker.kick();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -248,6 +255,8 @@ impl Guest for KvmGuest {
         if let Some(why) = self.health.failure() {
             return Err(GuestError::Failed(why));
         }
+        // Before a look at the replies: whatever comes after it is of a vCPU that does not go on.
+        self.may_run.store(false, Ordering::SeqCst);
         // Left from a stop that came too late to be waited for.
         while self.replies.try_recv().is_ok() {}
         self.kicker.kick().map_err(below("stop the vCPU"))?;
@@ -265,7 +274,8 @@ impl Guest for KvmGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.start()
+        // One that has failed stands still for good, and is not lost by that.
+        if self.health.failure().is_some() { Ok(()) } else { self.start() }
     }
 }
 
@@ -286,11 +296,17 @@ impl Served for KvmGuest {
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
+        self.may_run.store(true, Ordering::SeqCst);
         self.order(Order::Run)
     }
 
     fn formats(&self) -> Vec<String> {
         FORMATS.map(str::to_owned).to_vec()
+    }
+
+    fn before_freeze(&self) -> Result<(), GuestError> {
+        // A vCPU is kicked out of such a wait, and comes back to it when it runs on, here or there.
+        Ok(())
     }
 
     fn before_pause(&self) -> serde_json::Value {
@@ -316,6 +332,12 @@ struct Hand {
     vcpu: Vcpu,
     saver: Saver,
     loader: Loader,
+    /// Loaded but for what makes KVM write guest memory. That waits until the guest is to run, which is when the
+    /// machine is ours: a successor that stalls while it loads must not write under a guest that was taken back.
+    unfinished: Option<VcpuState>,
+    /// What was ordered last. An order to run may wait in the queue while a later stop was ordered already, and a
+    /// kick may arrive when its stop was called off.
+    may_run: Arc<AtomicBool>,
     moments: Arc<Moments>,
     health: Health,
     answer: Sender<Reply>,
@@ -326,7 +348,7 @@ impl Hand {
         while let Ok(order) = orders.recv() {
             let told = match order {
                 Order::Load { vm, vcpu } => {
-                    let loaded = self.load(&vm, &vcpu);
+                    let loaded = self.load(&vm, vcpu);
                     self.answer.send(Reply::Loaded(loaded))
                 }
                 Order::Run => self.run(),
@@ -337,31 +359,35 @@ impl Hand {
         }
     }
 
-    fn load(&mut self, vm: &VmState, vcpu: &VcpuState) -> Result<(), GuestError> {
-        self.loader.load(&mut self.vcpu, vcpu).map_err(below("load the vCPU"))?;
+    fn load(&mut self, vm: &VmState, vcpu: VcpuState) -> Result<(), GuestError> {
+        self.loader.load(&mut self.vcpu, &vcpu).map_err(below("load the vCPU"))?;
         vm.load(&self.vm).map_err(below("load the VM"))?;
-        self.loader.finish(&mut self.vcpu, vcpu).map_err(below("finish loading the vCPU"))
+        self.unfinished = Some(vcpu);
+        Ok(())
     }
 
     fn run(&mut self) -> Result<(), mpsc::SendError<Reply>> {
-        self.moments.entered_ns.store(monotonic_ns(), Ordering::Release);
-        let stopped = self.vcpu.run(handle);
-        self.moments.stopped_ns.store(monotonic_ns(), Ordering::Release);
-        match stopped {
-            Ok(Stopped::Kicked) => {
-                self.answer.send(Reply::Stopped)?;
-                let saved = self.save();
-                self.answer.send(Reply::Saved(saved))
-            }
-            Ok(Stopped::Broke(why)) => {
-                self.health.fail(why);
-                Ok(())
-            }
-            Err(error) => {
-                self.health.fail(error.to_string());
-                Ok(())
-            }
+        if let Some(vcpu) = self.unfinished.take()
+            && let Err(error) = self.loader.finish(&mut self.vcpu, &vcpu)
+        {
+            self.health.fail(format!("cannot finish loading the vCPU: {error}"));
+            return Ok(());
         }
+        while self.may_run.load(Ordering::SeqCst) {
+            self.moments.entered_ns.store(monotonic_ns(), Ordering::Release);
+            let stopped = self.vcpu.run(handle);
+            self.moments.stopped_ns.store(monotonic_ns(), Ordering::Release);
+            let failure = match stopped {
+                Ok(Stopped::Kicked) => continue,
+                Ok(Stopped::Broke(why)) => why,
+                Err(error) => error.to_string(),
+            };
+            self.health.fail(failure);
+            return Ok(());
+        }
+        self.answer.send(Reply::Stopped)?;
+        let saved = self.save();
+        self.answer.send(Reply::Saved(saved))
     }
 
     fn save(&mut self) -> Result<States, GuestError> {

@@ -1,7 +1,7 @@
 //! The reference VMM: runs `pulse`, and is replaced under it.
 //!
 //! A VMM process is started as the first of its machine ([`run`]) or as the successor of another ([`succeed`]).
-//! Either way it then *serves* ([`serve`]): it runs the guest and does what comes over the control channel,
+//! Either way it then *serves* ([`serve()`]): it runs the guest and does what comes over the control channel,
 //! which goes from VMM to VMM with the machine, so that whoever holds its other end ([`control::Client`])
 //! need not notice an update.
 //!

@@ -122,7 +122,10 @@ pub(crate) fn report(report: &Report, stopped_ns: Option<u64>) -> UpdateReport {
         predecessor_pid: report.predecessor_pid,
         successor_pid: Some(report.successor_pid),
         outcome: UpdateOutcome::Updated,
-        reason: None,
+        reason: report
+            .silent
+            .as_ref()
+            .map(|why| format!("the successor has the machine, and is silent: {why}")),
         pause_us: exact.or_else(|| Some(micros_of(report.pause()))),
         guest_pause_us: told.guest_pause_us,
         phases_us: phases(report),
@@ -165,7 +168,11 @@ pub(crate) fn check(
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    guest.pause()?;
+    if let Err(error) = guest.pause() {
+        // It may stop yet, when nobody waits for it any more.
+        guest.resume()?;
+        return Err(error.into());
+    }
     // The state is not wanted, but the guest gives it.
     let saved = guest.save();
     let checked = compare(words);

@@ -15,9 +15,11 @@ use machine::Machine;
 use machine::update::Step;
 use serde::Deserialize;
 use serde::Serialize;
+use socket::LinkError;
 use socket::Offer;
 use socket::Outcome;
 use socket::Program;
+use socket::Reason;
 use socket::Started;
 use socket::Timeouts;
 use tracing::debug;
@@ -38,6 +40,9 @@ use crate::measure;
 
 /// Name of the control channel among the descriptors that go with the machine.
 pub(crate) const CONTROL: &str = "control";
+
+/// How long to wait for the end of a process whose end of the channel is closed.
+const DEATH: Duration = Duration::from_millis(500);
 
 /// What a VMM tells its successor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -159,7 +164,12 @@ impl Vmm {
             prepare: Duration::from_millis(request.prepare_timeout_ms),
             hand_over: Duration::from_millis(request.timeout_ms),
         };
-        let (channel, started) = match self.successor(request, timeouts) {
+        let ready = || -> anyhow::Result<_> {
+            let found = self.successor(request, timeouts)?;
+            self.guest.0.before_freeze()?;
+            Ok(found)
+        };
+        let (channel, started) = match ready() {
             Ok(found) => found,
             Err(error) => {
                 self.tell(&Answer::Update(Box::new(self.rolled_back(format!("{error:#}"), None))));
@@ -182,7 +192,15 @@ impl Vmm {
         let mut observer = |step: Step| debug!(%step, "predecessor");
         let outcome = socket::hand_over(&mut self.machine, &mut self.guest, &channel, &offer, &mut observer);
         drop(offer);
-        match outcome.context("the guest is lost")? {
+        let outcome = match outcome {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                let error = anyhow::Error::new(error).context("the guest is lost");
+                self.tell(&Answer::Error(format!("{error:#}")));
+                return Err(error);
+            }
+        };
+        match outcome {
             Outcome::Updated(report) => {
                 let report = measure::report(&report, self.guest.0.stopped_ns());
                 info!(pause_us = report.pause_us, successor = report.successor_pid, "updated");
@@ -193,9 +211,8 @@ impl Vmm {
                 Ok(After::End)
             }
             Outcome::RolledBack { reason, pause, .. } => {
-                let reason = format!("{:#}", anyhow::Error::new(reason));
+                let reason = why(reason, started);
                 let pause = pause.map(measure::micros_of);
-                drop(started);
                 self.tell(&Answer::Update(Box::new(self.rolled_back(reason, pause))));
                 Ok(After::Go)
             }
@@ -232,6 +249,18 @@ impl Vmm {
             }
             Source::Listen(path) => Ok((accept(path, timeouts)?, None)),
         }
+    }
+}
+
+/// Why an update was rolled back, in one line. Ends the successor, if it was started here and has not ended.
+fn why(reason: Reason, started: Option<Started>) -> String {
+    let gone = matches!(reason, Reason::Link { source: LinkError::Closed, .. });
+    let patience = if gone { DEATH } else { Duration::ZERO };
+    let ended = started.and_then(|mut started| started.ended(patience));
+    let reason = format!("{:#}", anyhow::Error::new(reason));
+    match ended {
+        Some(status) => format!("{reason} (its program ended by itself: {status})"),
+        None => reason,
     }
 }
 

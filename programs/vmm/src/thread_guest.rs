@@ -19,6 +19,7 @@ use pulse::Image;
 use pulse::Layout;
 use pulse::Options;
 use pulse::Walk;
+use region::PageSize;
 
 use crate::control::GuestKind;
 use crate::guest;
@@ -81,6 +82,7 @@ impl Shared {
 pub struct ThreadGuest {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    memory: Arc<Inode>,
     layout: Layout,
 }
 
@@ -117,7 +119,7 @@ impl ThreadGuest {
         let theirs = Arc::clone(&shared);
         let thread = thread::Builder::new().name("guest".to_owned()).spawn(move || live(&theirs, &words));
         let thread = Some(thread.map_err(below("start the guest's thread"))?);
-        Ok(Self { shared, thread, layout })
+        Ok(Self { shared, thread, memory: Arc::clone(memory), layout })
     }
 }
 
@@ -193,6 +195,12 @@ impl Served for ThreadGuest {
 
     fn formats(&self) -> Vec<String> {
         FORMATS.map(str::to_owned).to_vec()
+    }
+
+    fn before_freeze(&self) -> Result<(), GuestError> {
+        // A thread cannot be got out of a page fault.
+        let filled = self.memory.mapping().warm(PageSize::Small, &mut |_, _| {});
+        filled.map(drop).map_err(below("give all of the guest's pages memory"))
     }
 
     fn before_pause(&self) -> serde_json::Value {

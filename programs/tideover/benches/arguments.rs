@@ -1,0 +1,122 @@
+//! What both benches are told, and where they run.
+
+#[path = "../src/size.rs"]
+#[expect(unused_imports, reason = "a bench without harness is built as a test, and its tests are left out")]
+mod size;
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use clap::ValueEnum;
+use serde::Serialize;
+pub(crate) use size::show;
+use vmm::control::Pages;
+
+/// Measures Tideover against plain KVM. Run by `cargo bench`; arguments go behind `--`.
+#[derive(Debug, Parser)]
+#[command(after_help = "Example: cargo bench --bench pause -- --memory 1GiB --page-size 2MiB --pairs 40")]
+pub(crate) struct Arguments {
+    /// Pairs of measurements, ours and the one to compare it with, for each size.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) pairs: u32,
+    /// Guest memory; may be given more than once.
+    #[arg(long, value_name = "SIZE", value_parser = size::guest_memory)]
+    pub(crate) memory: Vec<u64>,
+    /// Page size of the guest's memory; may be given more than once. Both if not given.
+    #[arg(long, value_enum)]
+    pub(crate) page_size: Vec<PageSize>,
+    /// Measure this build of `tideover` instead of the one at hand.
+    #[arg(long, value_name = "PATH", default_value = env!("CARGO_BIN_EXE_tideover"), hide_default_value = true)]
+    pub(crate) program: PathBuf,
+    /// Give the numbers, one by one, as a line of JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Says that this is `cargo bench`, and not a test of everything that can be built.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PageSize {
+    #[value(name = "2MiB")]
+    Huge,
+    #[value(name = "4KiB")]
+    Small,
+}
+
+impl PageSize {
+    pub(crate) fn pages(self) -> Pages {
+        match self {
+            Self::Huge => Pages::Huge,
+            Self::Small => Pages::Small,
+        }
+    }
+
+    pub(crate) fn bytes(self) -> u64 {
+        match self {
+            Self::Huge => 2 << 20,
+            Self::Small => 4 << 10,
+        }
+    }
+}
+
+impl Arguments {
+    /// What was asked for; `None` if this was not started by `cargo bench`: then there is nothing to be done.
+    pub(crate) fn read(memory: &[u64]) -> Option<Self> {
+        let mut arguments = Self::parse();
+        if !arguments.bench {
+            eprintln!("This is a bench, not a test: run it by `cargo bench`.");
+            return None;
+        }
+        if arguments.memory.is_empty() {
+            arguments.memory = memory.to_vec();
+        }
+        if arguments.page_size.is_empty() {
+            arguments.page_size = vec![PageSize::Huge, PageSize::Small];
+        }
+        Some(arguments)
+    }
+}
+
+/// Left to the rest of the machine, in bytes.
+const SLACK: u64 = 1 << 30;
+
+/// Whether this machine has room for two guests of that size. Says so if it has not.
+pub(crate) fn has_room(memory_bytes: u64) -> bool {
+    let available = available_bytes();
+    let has = available.is_none_or(|available| available >= 2 * memory_bytes + SLACK);
+    if !has {
+        let available = show(available.unwrap_or_default());
+        eprintln!("######################################################################");
+        eprintln!("# LEFT OUT: {} of guest memory. Two guests of that size and", show(memory_bytes));
+        eprintln!("# 1 GiB for the rest are more than the {available} that are available.");
+        eprintln!("######################################################################");
+    }
+    has
+}
+
+fn available_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
+}
+
+/// Where it was measured.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Machine {
+    pub(crate) kernel: String,
+    pub(crate) cpus: usize,
+    /// Processes that wanted a processor, on average over the last minute, as it began.
+    pub(crate) load: String,
+}
+
+impl Machine {
+    pub(crate) fn look() -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        Self {
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            cpus: std::thread::available_parallelism().map_or(0, Into::into),
+            load: read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned(),
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! What this program is when a test starts it: the first VMM of a machine, one that hands it over and does nothing
+//! else, or a successor. Each may come to grief where its [`Plan`] says.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use fdpass::Channel;
+use fdpass::Deadline;
+use fdpass::Listener;
+use machine::Machine;
+use machine::MemoryName;
+use machine::MemorySpec;
+use machine::SessionName;
+use machine::Spec;
+use machine::StateName;
+use machine::update::Step;
+use rustix::process::Pid;
+use rustix::process::Signal;
+use rustix::process::kill_process;
+use serde::Deserialize;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use socket::Offer;
+use socket::Outcome;
+use socket::Timeouts;
+use tideover_vmm::KvmGuest;
+use tideover_vmm::Served;
+use tideover_vmm::Start;
+use tideover_vmm::ThreadGuest;
+use tideover_vmm::control::GuestKind;
+use tideover_vmm::control::MachineSpec;
+
+use crate::fake;
+
+/// Names the folder that a test and its processes share. It is the processes' environment, not the test's.
+pub(crate) const FOLDER: &str = "TIDEOVER_GOING_BACK";
+
+/// What a process that a test starts is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// A machine's first VMM, which then serves.
+    First,
+    /// A machine's first VMM, which hands the machine over to who comes to [`First::socket`], and serves if that fails.
+    Alone,
+    /// A VMM that takes over from one that listens.
+    Successor,
+}
+
+impl Role {
+    /// Its arguments. A VMM starts its successor with the same first ones.
+    pub(crate) fn arguments(self, socket: &Path) -> Vec<&OsStr> {
+        let words: &[&str] = match self {
+            Self::First => &["vmm", "first"],
+            Self::Alone => &["vmm", "alone"],
+            Self::Successor => &["vmm", "succeed"],
+        };
+        let words = words.iter().map(OsStr::new);
+        words.chain((self == Self::Successor).then_some(socket.as_os_str())).collect()
+    }
+}
+
+/// Where a process is in an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// It has done nothing yet.
+    Started,
+    /// It has said hello.
+    Greeted,
+    /// It has reached a step.
+    At(Step),
+}
+
+impl Place {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Started => "started",
+            Self::Greeted => "greeted",
+            Self::At(step) => step.name(),
+        }
+    }
+}
+
+/// What happens to a process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Fault {
+    /// It is killed.
+    Killed,
+    /// It is stopped, until somebody lets it go on.
+    Stopped,
+    /// It ends.
+    Ends(i32),
+    /// It says something that is no message, and stays.
+    Babbles,
+    /// It goes on, and another process is killed.
+    Kills(u32),
+}
+
+/// How a process fares.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    fault: Option<(String, Fault)>,
+    /// How long it waits for the other side, in milliseconds.
+    patience_ms: Option<u64>,
+}
+
+impl Plan {
+    /// All goes well.
+    pub(crate) fn well() -> Self {
+        Self::default()
+    }
+
+    pub(crate) fn at(place: Place, fault: Fault) -> Self {
+        Self { fault: Some((place.name().to_owned(), fault)), patience_ms: None }
+    }
+
+    pub(crate) fn with_patience(self, patience: Duration) -> Self {
+        Self { patience_ms: u64::try_from(patience.as_millis()).ok(), ..self }
+    }
+
+    fn timeouts(&self) -> Timeouts {
+        let patience = Duration::from_millis(self.patience_ms.unwrap_or(20_000));
+        Timeouts { prepare: patience, hand_over: patience }
+    }
+
+    /// Does what is planned for this place.
+    fn pass(&self, place: Place) {
+        let Some((_, fault)) = self.fault.as_ref().filter(|(planned, _)| *planned == place.name()) else {
+            return;
+        };
+        let signal =
+            |pid, signal| kill_process(pid, signal).expect("a process of this test can be signalled");
+        match fault {
+            Fault::Killed => signal(rustix::process::getpid(), Signal::KILL),
+            Fault::Stopped => signal(rustix::process::getpid(), Signal::STOP),
+            Fault::Kills(pid) => signal(pid_of(*pid), Signal::KILL),
+            Fault::Ends(code) => std::process::exit(*code),
+            Fault::Babbles => {
+                let channel = Channel::from_stdin().expect("a successor is started with a channel");
+                channel.send(b"Segmentation fault\x1b[1m", &[], Deadline::never()).expect("it is connected");
+                thread::sleep(Duration::from_secs(60));
+            }
+        }
+    }
+}
+
+/// A process id as the kernel's calls take it.
+pub(crate) fn pid_of(pid: u32) -> Pid {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.expect("process ids are positive and fit")
+}
+
+/// What the first VMM of a test is told.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct First {
+    pub(crate) spec: MachineSpec,
+    pub(crate) programs: Vec<PathBuf>,
+    /// For [`Role::Alone`]: how it fares.
+    pub(crate) plan: Plan,
+    /// For [`Role::Alone`]: where it listens.
+    pub(crate) socket: PathBuf,
+}
+
+pub(crate) fn write<T: Serialize>(folder: &Path, name: &str, value: &T) {
+    let text = serde_json::to_vec(value).expect("it can be written as JSON");
+    // In one step: a process may read it at any time.
+    let new = folder.join(format!("{name}.new"));
+    fs::write(&new, text).and_then(|()| fs::rename(&new, folder.join(name))).expect("the folder is ours");
+}
+
+fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> anyhow::Result<T> {
+    Ok(serde_json::from_slice(&fs::read(folder.join(name))?)?)
+}
+
+/// Plays the role that `arguments` name, in this folder.
+pub(crate) fn play(folder: &Path, arguments: &[String]) -> ExitCode {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let played = match arguments[..] {
+        ["vmm", "first"] => {
+            read::<First>(folder, "first.json").and_then(|told| tideover_vmm::run(&told.spec, told.programs))
+        }
+        ["vmm", "alone"] => alone(folder),
+        ["vmm", "succeed"] => succeed(folder, &Start::Started),
+        ["vmm", "succeed", path] => succeed(folder, &Start::Connect(path.into())),
+        _ => Err(anyhow::anyhow!("no role: {arguments:?}")),
+    };
+    match played {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{} {arguments:?}: {error:#}", std::process::id());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn succeed(folder: &Path, start: &Start) -> anyhow::Result<()> {
+    let plan: Plan = read(folder, "plan.json")?;
+    plan.pass(Place::Started);
+    if plan.fault.as_ref().is_some_and(|(place, _)| place == Place::Greeted.name()) {
+        return greet_only(start, &plan);
+    }
+    tideover_vmm::succeed(start, plan.timeouts(), &mut |step: Step| plan.pass(Place::At(step)))
+}
+
+/// Says hello by hand, which the library does in one with what follows.
+fn greet_only(start: &Start, plan: &Plan) -> anyhow::Result<()> {
+    let channel = match start {
+        Start::Started => Channel::from_stdin()?,
+        Start::Connect(path) => fdpass::connect(path, Deadline::after(plan.timeouts().prepare))?,
+    };
+    channel.send(&fake::bytes(&fake::hello()), &[], Deadline::after(plan.timeouts().prepare))?;
+    plan.pass(Place::Greeted);
+    // Woken again, it hears that nothing is to be had any more.
+    let fake = fake::Fake::new(channel);
+    let offer = fake.hear()?;
+    anyhow::ensure!(offer["message"] == "offer", "not an offer: {offer}");
+    fake.say(&json!({ "message": "accept" }))?;
+    let memory = fake.hear()?;
+    anyhow::bail!("the machine was given to one that is late: {memory}")
+}
+
+fn alone(folder: &Path) -> anyhow::Result<()> {
+    let told: First = read(folder, "first.json")?;
+    let control = Channel::from_stdin()?;
+    let states: &[&str] = match told.spec.guest {
+        GuestKind::Kvm => &["vm", "vcpu0"],
+        GuestKind::Thread => &["walk"],
+    };
+    let spec = Spec {
+        name: SessionName::new(told.spec.name.as_bytes())?,
+        vcpus: 1,
+        memories: vec![MemorySpec::new(MemoryName::literal("ram"), told.spec.memory_bytes)],
+        states: states.iter().map(|name| StateName::new(name.as_bytes())).collect::<Result<_, _>>()?,
+    };
+    let machine = Machine::create(&spec, &mut |_, _| {})?;
+    let memory = &machine.memories()[0].inode;
+    match told.spec.guest {
+        GuestKind::Kvm => {
+            let guest = KvmGuest::first(memory, machine.identity())?;
+            hand_over(&told, machine, guest, control)
+        }
+        GuestKind::Thread => {
+            let guest = ThreadGuest::first(memory)?;
+            hand_over(&told, machine, guest, control)
+        }
+    }
+}
+
+fn hand_over<G: Served + 'static>(
+    told: &First,
+    mut machine: Machine,
+    mut guest: G,
+    control: Channel,
+) -> anyhow::Result<()> {
+    guest.start()?;
+    let listener = Listener::bind(&told.socket)?;
+    let channel = listener.accept(Deadline::after(Duration::from_secs(20)))?;
+    let offer = Offer {
+        formats: guest.formats(),
+        descriptors: vec![("control".to_owned(), control.as_fd())],
+        vmm: json!({
+            "guest": told.spec.guest,
+            "before_pause": guest.before_pause(),
+            "populate": true,
+            "probe": false,
+            "programs": told.programs,
+        }),
+        timeouts: told.plan.timeouts(),
+    };
+    let mut observer = |step: Step| told.plan.pass(Place::At(step));
+    let outcome = socket::hand_over(&mut machine, &mut guest, &channel, &offer, &mut observer)?;
+    drop(offer);
+    match outcome {
+        Outcome::Updated(_) => Ok(()),
+        Outcome::RolledBack { reason, .. } => {
+            eprintln!("{} rolled back: {:#}", std::process::id(), anyhow::Error::new(reason));
+            tideover_vmm::serve(machine, Box::new(guest), control, told.programs.clone())
+        }
+    }
+}
