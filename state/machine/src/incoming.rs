@@ -180,6 +180,8 @@ impl Incoming {
         let mut offered = offered.into_iter();
         let first = offered.next().ok_or(AttachError::NoRegions)?;
         let region0 = accept("metadata", first)?;
+        // Without, the same pages come one by one, while the guest stands still.
+        let _ = region0.prefault_first(layout::HOT_BYTES);
         let word = region0.word(OWNERSHIP_ADDRESS).map_err(AttachError::TooSmall)?;
         let mut arena = Arena::new(Arc::clone(&region0));
         let entries = region_table(&arena, came)?;

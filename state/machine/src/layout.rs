@@ -8,6 +8,9 @@ use pages::PageRange;
 
 /// Bytes of region 0. Sparse: only what is used takes memory.
 pub(crate) const REGION0_BYTES: u64 = 8 << 20;
+/// Bytes of region 0 that are there from the start: what an update writes and reads while the guest stands still, and
+/// more. A page fault there is a part of the pause.
+pub(crate) const HOT_BYTES: u64 = 1 << 20;
 /// Guest memory starts at multiples of this, so that huge pages of any size are aligned in the arena, too.
 const ALIGN: u64 = 1 << 30;
 

@@ -513,7 +513,9 @@ fn make_regions(
         let region = Region::create(&name, bytes).map_err(CreateError::Region)?;
         Ok(Arc::new(region.map().map_err(CreateError::Region)?))
     };
-    let mut arena = Arena::new(make(format!("{}.metadata", spec.name), layout::REGION0_BYTES)?);
+    let region0 = make(format!("{}.metadata", spec.name), layout::REGION0_BYTES)?;
+    region0.prefault_first(layout::HOT_BYTES).map_err(CreateError::Warm)?;
+    let mut arena = Arena::new(region0);
     let mut memories = Vec::new();
     let total: u64 = spec.memories.iter().map(|memory| memory.size_bytes).sum();
     let mut done = 0;

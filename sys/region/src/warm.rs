@@ -78,6 +78,15 @@ impl Mapping {
         Ok(Account { wanted: want, huge_bytes, refused })
     }
 
+    /// Gives the pages of the first `len_bytes` bytes (of all, if they are fewer) memory, and maps them.
+    ///
+    /// # Errors
+    /// [`WarmError`] if there is not enough memory. What was given stays.
+    pub fn prefault_first(&self, len_bytes: u64) -> Result<(), WarmError> {
+        let len = len_bytes.min(self.len_bytes());
+        self.populate(0, usize::try_from(len).unwrap_or(usize::MAX))
+    }
+
     fn populate(&self, offset: usize, len: usize) -> Result<(), WarmError> {
         loop {
             match self.advise_range(offset, len, Advice::LinuxPopulateWrite) {
@@ -167,6 +176,15 @@ mod tests {
         let mut read = [0; 4];
         mapping.read(5 << 20, &mut read).unwrap();
         assert_eq!(&read, b"kept", "a collapse keeps the bytes");
+    }
+
+    #[test]
+    fn the_first_pages_are_given_memory_and_the_others_are_not() {
+        let mapping = Region::create("t", 1 << 20).unwrap().map().unwrap();
+        mapping.prefault_first(64 << 10).unwrap();
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), 64 << 10);
+        mapping.prefault_first(u64::MAX).unwrap();
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), 1 << 20);
     }
 
     #[test]
