@@ -25,6 +25,9 @@ pub enum GuestError {
     /// It did not stop in time.
     #[error("the guest did not {0} in time")]
     TimedOut(&'static str),
+    /// Its state cannot be loaded any more.
+    #[error("the guest runs already")]
+    RunsAlready,
     /// Its thread is gone.
     #[error("the guest's thread is gone")]
     ThreadGone,

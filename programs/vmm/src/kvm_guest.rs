@@ -72,12 +72,13 @@ struct BeforePause {
 }
 
 enum Order {
-    Load { vm: VmState, vcpu: VcpuState },
+    /// Take the vCPU, and run.
+    Begin(Box<Hand>),
+    /// Run on.
     Run,
 }
 
 enum Reply {
-    Loaded(Result<(), GuestError>),
     Stopped,
     Saved(Result<States, GuestError>),
 }
@@ -94,12 +95,14 @@ struct Moments {
 /// pulse in a VM.
 #[derive(Debug)]
 pub struct KvmGuest {
-    // Dropped in this order: the thread with the vCPU ends, then memory slots and VM go, then the memory.
+    // Dropped in this order: the thread with the vCPU ends, then vCPU, memory slots and VM go, then the memory.
     orders: Option<Sender<Order>>,
     thread: Option<JoinHandle<()>>,
     replies: Receiver<Reply>,
     may_run: Arc<AtomicBool>,
     kicker: Kicker,
+    /// The vCPU before it runs for the first time: its state is loaded here, without waking another thread.
+    idle: Option<Box<Hand>>,
     _slots: MemorySlots<Arc<Mapping>>,
     _file: GmemFile,
     before_pause: BeforePause,
@@ -148,7 +151,7 @@ impl Parts {
         let may_run = Arc::new(AtomicBool::new(false));
         let moments = Arc::new(Moments::default());
         let health = Health::default();
-        let mut hand = Hand {
+        let hand = Hand {
             vm: self.vm,
             vcpu: self.vcpu,
             saver,
@@ -159,13 +162,14 @@ impl Parts {
             health: health.clone(),
             answer,
         };
-        let thread = thread::Builder::new().name("vcpu0".to_owned()).spawn(move || hand.obey(&received));
+        let thread = thread::Builder::new().name("vcpu0".to_owned()).spawn(move || obey(&received));
         Ok(KvmGuest {
             orders: Some(orders),
             thread: Some(thread.map_err(below("start the vCPU's thread"))?),
             replies,
             may_run,
             kicker,
+            idle: Some(Box::new(hand)),
             _slots: self.slots,
             _file: self.file,
             before_pause: BeforePause { cpuid: cpuid.encode(), contents },
@@ -262,14 +266,14 @@ impl Guest for KvmGuest {
         self.kicker.kick().map_err(below("stop the vCPU"))?;
         match self.reply("stop")? {
             Reply::Stopped => Ok(()),
-            Reply::Saved(_) | Reply::Loaded(_) => Err(GuestError::TimedOut("stop")),
+            Reply::Saved(_) => Err(GuestError::TimedOut("stop")),
         }
     }
 
     fn save(&mut self) -> Result<States, GuestError> {
         match self.reply("get saved")? {
             Reply::Saved(states) => states,
-            Reply::Stopped | Reply::Loaded(_) => Err(GuestError::TimedOut("get saved")),
+            Reply::Stopped => Err(GuestError::TimedOut("get saved")),
         }
     }
 
@@ -288,16 +292,13 @@ impl Served for KvmGuest {
         let bytes = |name: StateName| states.get(&name).ok_or(GuestError::NoState(name));
         let vm = VmState::decode(bytes(VM_STATE)?).map_err(below("read the VM's state"))?;
         let vcpu = VcpuState::decode(bytes(VCPU_STATE)?).map_err(below("read the vCPU's state"))?;
-        self.order(Order::Load { vm, vcpu })?;
-        match self.reply("get loaded")? {
-            Reply::Loaded(result) => result,
-            Reply::Stopped | Reply::Saved(_) => Err(GuestError::TimedOut("get loaded")),
-        }
+        self.idle.as_mut().ok_or(GuestError::RunsAlready)?.load(&vm, vcpu)
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
         self.may_run.store(true, Ordering::SeqCst);
-        self.order(Order::Run)
+        let order = self.idle.take().map_or(Order::Run, Order::Begin);
+        self.order(order)
     }
 
     fn formats(&self) -> Vec<String> {
@@ -326,7 +327,14 @@ impl Served for KvmGuest {
     }
 }
 
-/// What the vCPU's thread has in hand.
+/// The vCPU's thread: takes the vCPU when it is to run, and keeps it.
+fn obey(orders: &Receiver<Order>) {
+    let Ok(Order::Begin(mut hand)) = orders.recv() else { return };
+    while hand.run().is_ok() && matches!(orders.recv(), Ok(Order::Run)) {}
+}
+
+/// A vCPU and what it needs, in one hand at a time.
+#[derive(Debug)]
 struct Hand {
     vm: Vm,
     vcpu: Vcpu,
@@ -344,21 +352,6 @@ struct Hand {
 }
 
 impl Hand {
-    fn obey(&mut self, orders: &Receiver<Order>) {
-        while let Ok(order) = orders.recv() {
-            let told = match order {
-                Order::Load { vm, vcpu } => {
-                    let loaded = self.load(&vm, vcpu);
-                    self.answer.send(Reply::Loaded(loaded))
-                }
-                Order::Run => self.run(),
-            };
-            if told.is_err() {
-                return;
-            }
-        }
-    }
-
     fn load(&mut self, vm: &VmState, vcpu: VcpuState) -> Result<(), GuestError> {
         self.loader.load(&mut self.vcpu, &vcpu).map_err(below("load the vCPU"))?;
         vm.load(&self.vm).map_err(below("load the VM"))?;

@@ -7,15 +7,18 @@ use tideover_vmm::control::Answer;
 use tideover_vmm::control::GuestKind;
 use tideover_vmm::control::Source;
 use tideover_vmm::control::UpdateOutcome;
+use tideover_vmm::control::UpdateReport;
 
 use crate::for_each_guest;
 use crate::processes;
+use crate::processes::Process;
 use crate::rig::Rig;
 use crate::rig::program;
 use crate::rig::request;
 use crate::roles::Fault;
 use crate::roles::Place;
 use crate::roles::Plan;
+use crate::stalled::PATIENCE;
 
 for_each_guest!(
     a_guest_dies_with_the_successor_that_runs_it,
@@ -39,18 +42,26 @@ fn a_guest_dies_with_the_successor_that_runs_it(guest: GuestKind) {
     }
 }
 
-fn a_successor_stopped_while_it_runs_the_guest_goes_on_with_it(guest: GuestKind) {
-    for (step, connects) in [(Step::Running, true), (Step::Running, false), (Step::Settled, true)] {
-        let mut rig = Rig::start(guest);
+/// Has a successor take the machine over and stop, one that connects or one that the VMM starts. It is stopped still.
+fn stop_at(rig: &Rig, step: Step, connects: bool) -> (UpdateReport, Option<Process>) {
+    for (prepare, hand_over) in PATIENCE {
         rig.plan(&Plan::at(Place::At(step), Fault::Stopped));
-        // Long enough to get there; what the successor does not say afterwards is waited for as long again.
-        let (prepare, hand_over) = (Duration::from_millis(1500), Duration::from_secs(1));
         let successor = connects.then(|| rig.successor(&rig.listen(prepare, hand_over)));
         if !connects {
             rig.send(&request(Source::Program(program()), prepare, hand_over));
         }
         let report = rig.update_report();
-        assert_eq!(report.outcome, UpdateOutcome::Updated, "{step}: {report:?}");
+        if report.outcome == UpdateOutcome::Updated {
+            return (report, successor);
+        }
+    }
+    panic!("the successor did not get to {step} in any time\n{}", rig.said());
+}
+
+fn a_successor_stopped_while_it_runs_the_guest_goes_on_with_it(guest: GuestKind) {
+    for (step, connects) in [(Step::Running, true), (Step::Running, false), (Step::Settled, true)] {
+        let mut rig = Rig::start(guest);
+        let (report, successor) = stop_at(&rig, step, connects);
         let reason = report.reason.expect("the successor is silent");
         assert!(reason.contains("is silent: the other side did not send "), "{reason}");
         let now = report.successor_pid.expect("an update has a successor");

@@ -8,6 +8,7 @@ use machine::update::Step;
 use tideover_vmm::control::GuestKind;
 
 use crate::for_each_guest;
+use crate::processes::Process;
 use crate::rig::Rig;
 use crate::roles::Fault;
 use crate::roles::Place;
@@ -61,14 +62,25 @@ fn one_that_dies_is_succeeded_from_the_seal_on(guest: GuestKind) {
     }
 }
 
+/// Has a predecessor stop at a step, with a successor that will not wait for long.
+fn stop_at(guest: GuestKind, step: Step) -> (Rig, Process) {
+    // Longer than the way there takes, or it is not reached.
+    for patience in [700, 4_000, 20_000] {
+        let rig = Rig::alone(guest, Plan::at(Place::At(step), Fault::Stopped));
+        rig.plan(&Plan::well().with_patience(Duration::from_millis(patience)));
+        let mut successor = rig.successor(rig.lone_socket());
+        if rig.first.stops_before(&mut successor) {
+            return (rig, successor);
+        }
+    }
+    panic!("the predecessor did not get to {step} in any time");
+}
+
 fn one_that_stalls_runs_on_or_finds_its_successor_running(guest: GuestKind) {
     // It has not told of the seal: nobody has claimed the machine, since it lives.
     let not_told = (Step::Sealed, Step::Sealed);
     for (step, awaited) in BEFORE_SEAL.into_iter().chain([not_told]) {
-        let mut rig = Rig::alone(guest, Plan::at(Place::At(step), Fault::Stopped));
-        rig.plan(&Plan::well().with_patience(Duration::from_millis(700)));
-        let mut successor = rig.successor(rig.lone_socket());
-        assert!(rig.first.stops(), "{step}");
+        let (rig, mut successor) = stop_at(guest, step);
         let said = successor.fails();
         assert!(said.contains(&did_not_get_here(awaited)) && said.contains(" in time"), "{step}: {said}");
         rig.first.wake();

@@ -31,6 +31,7 @@ enum Instead {
     Goes,
     IsSilent,
     GivesUp,
+    GivesUpAtLength,
     SaysAnother,
     SaysNothing,
     Babbles,
@@ -39,10 +40,11 @@ enum Instead {
 }
 
 impl Instead {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Goes,
         Self::IsSilent,
         Self::GivesUp,
+        Self::GivesUpAtLength,
         Self::SaysAnother,
         Self::SaysNothing,
         Self::Babbles,
@@ -57,6 +59,11 @@ impl Instead {
             Self::IsSilent => {}
             Self::GivesUp => {
                 let refusal = json!({ "message": "refuse", "reason": "no room\u{1b}[2J" });
+                fake.say(&refusal).expect("the VMM hears");
+            }
+            Self::GivesUpAtLength => {
+                // As a message it fits; escaped it would not fit into the VMM's answer.
+                let refusal = json!({ "message": "refuse", "reason": "\u{1b}".repeat(10_000) });
                 fake.say(&refusal).expect("the VMM hears");
             }
             Self::SaysAnother => fake.say(&json!({ "message": "memory" })).expect("the VMM hears"),
@@ -77,6 +84,7 @@ impl Instead {
             Self::Goes | Self::SaysNothing => "the other side is gone".to_owned(),
             Self::IsSilent => format!("the other side did not send {due} in time"),
             Self::GivesUp => r"the other side gives up: no room\u{1b}[2J".to_owned(),
+            Self::GivesUpAtLength => format!("the other side gives up: {}…", r"\u{1b}".repeat(1000)),
             Self::SaysAnother => format!("the other side sent memory where {due} is due"),
             Self::Babbles => "the other side sent something unreadable (".to_owned(),
             Self::SaysTooMuch => format!("cannot receive {due}: the peer sent a message of 65537 bytes"),
@@ -94,10 +102,10 @@ fn a_successor_that_says_anything_else_is_left_behind(guest: GuestKind) {
     for (turn, (step, due)) in steps.into_iter().zip(fake::due()).enumerate() {
         let name = due["message"].as_str().expect("a message has a name");
         for instead in Instead::ALL {
-            let brief = Duration::from_millis(150);
+            let (long_enough, brief) = (Duration::from_secs(1), Duration::from_millis(150));
             let socket = match (instead, step) {
-                (Instead::IsSilent, Step::Running) => rig.listen(Duration::from_secs(20), brief),
-                (Instead::IsSilent, _) => rig.listen(brief, brief),
+                (Instead::IsSilent, Step::Connected) => rig.listen(brief, brief),
+                (Instead::IsSilent, _) => rig.listen(long_enough, brief),
                 _ => rig.listen_long(),
             };
             let (fake, _heard) = Fake::after(&socket, turn);

@@ -47,6 +47,15 @@ impl Process {
         })
     }
 
+    /// Waits until it has stopped itself; false if `other` ends before.
+    pub(crate) fn stops_before(&self, other: &mut Self) -> bool {
+        await_that("a process stops", || {
+            let ended = other.child.try_wait().expect("it is our child").is_some();
+            let stopped = state(self.child.id()) == Some('T');
+            (ended || stopped).then_some(stopped)
+        })
+    }
+
     /// Lets it go on.
     pub(crate) fn wake(&self) {
         wake(self.pid());

@@ -24,11 +24,11 @@ for_each_guest!(
     a_successor_that_wakes_after_another_took_over_runs_nothing,
 );
 
-/// How long a VMM waits for one that is stopped: longer than the way there takes, or the stop is never reached.
-/// So if a machine has much else to do, it is tried again with more.
-const PATIENCE: [(Duration, Duration); 3] = [
-    (Duration::from_millis(700), Duration::from_millis(300)),
-    (Duration::from_secs(3), Duration::from_secs(2)),
+/// How long a VMM waits for one that is stopped, before the pause and in it. It has to be longer than the way there
+/// takes, or the stop is never reached: if a machine has much else to do, it is tried again with more.
+pub(crate) const PATIENCE: [(Duration, Duration); 3] = [
+    (Duration::from_secs(1), Duration::from_millis(400)),
+    (Duration::from_secs(4), Duration::from_secs(2)),
     (Duration::from_secs(20), Duration::from_secs(10)),
 ];
 
