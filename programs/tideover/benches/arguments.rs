@@ -5,9 +5,11 @@
 mod size;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Parser;
 use clap::ValueEnum;
+use measure::quiet::Quiet;
 use serde::Serialize;
 pub(crate) use size::show;
 use vmm::control::Pages;
@@ -25,6 +27,9 @@ pub(crate) struct Arguments {
     /// Page size of the guest's memory; may be given more than once. Both if not given.
     #[arg(long, value_enum)]
     pub(crate) page_size: Vec<PageSize>,
+    /// How long to wait, all in all, for moments in which the machine does nothing else, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub(crate) patience: u64,
     /// Measure this build of `tideover` instead of the one at hand.
     #[arg(long, value_name = "PATH", default_value = env!("CARGO_BIN_EXE_tideover"), hide_default_value = true)]
     pub(crate) program: PathBuf,
@@ -61,6 +66,10 @@ impl PageSize {
 }
 
 impl Arguments {
+    pub(crate) fn quiet(&self) -> Quiet {
+        Quiet::new(Duration::from_secs(self.patience))
+    }
+
     /// What was asked for; `None` if this was not started by `cargo bench`: then there is nothing to be done.
     pub(crate) fn read(memory: &[u64]) -> Option<Self> {
         let mut arguments = Self::parse();
@@ -106,17 +115,31 @@ fn available_bytes() -> Option<u64> {
 pub(crate) struct Machine {
     pub(crate) kernel: String,
     pub(crate) cpus: usize,
-    /// Processes that wanted a processor, on average over the last minute, as it began.
-    pub(crate) load: String,
+    /// Part of the processors' time that somebody else used, looked at before each measurement.
+    pub(crate) busy_elsewhere: f64,
+    /// Measurements that were made though the machine was not quiet, and all of them.
+    pub(crate) disturbed: (u32, u32),
 }
 
 impl Machine {
-    pub(crate) fn look() -> Self {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    pub(crate) fn look(quiet: &Quiet) -> Self {
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
-            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            kernel: kernel.trim().to_owned(),
             cpus: std::thread::available_parallelism().map_or(0, Into::into),
-            load: read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned(),
+            busy_elsewhere: quiet.busy(),
+            disturbed: quiet.disturbed(),
         }
+    }
+
+    pub(crate) fn show(&self) -> String {
+        let (disturbed, all) = self.disturbed;
+        format!(
+            "Linux {}, {} CPUs; other work took {:.0} % of them, and {disturbed} of {all} measurements could not wait \
+             for it to end\n",
+            self.kernel,
+            self.cpus,
+            self.busy_elsewhere * 100.0
+        )
     }
 }

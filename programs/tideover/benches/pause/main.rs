@@ -32,6 +32,7 @@ use measure::numbers::Group;
 use measure::numbers::Slope;
 use measure::numbers::Spread;
 use measure::plain::Plain;
+use measure::quiet::Quiet;
 use serde::Serialize;
 
 /// Sizes that are measured if none is asked for.
@@ -41,11 +42,11 @@ const TARGET_US: f64 = 500.0;
 /// A guest runs at least that long before it is stopped,
 const AT_LEAST: Duration = Duration::from_millis(100);
 /// and goes on until it has touched all of its memory in its present VM, or this has passed.
-const AT_MOST: Duration = Duration::from_millis(1000);
+const AT_MOST: Duration = Duration::from_millis(500);
 /// For all of its memory, at the beginning.
 const FIRST_PASS: Duration = Duration::from_secs(30);
 /// Updates after which the guest's first touches are measured, each way.
-const PROBES: u32 = 5;
+const PROBES: u32 = 3;
 
 /// Steps of an update while the guest stands still.
 const PHASES: [&str; 5] = ["saved", "sealed", "claimed", "loaded", "running"];
@@ -136,19 +137,19 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<Report> {
-    let machine = Machine::look();
+    let mut quiet = arguments.quiet();
     let (mut curves, mut left_out) = (Vec::new(), Vec::new());
     for page_size in &arguments.page_size {
         for memory_bytes in &arguments.memory {
             if arguments::has_room(*memory_bytes) {
-                curves.push(curve(arguments, *memory_bytes, *page_size)?);
+                curves.push(curve(arguments, &mut quiet, *memory_bytes, *page_size)?);
             } else {
                 left_out.push(*memory_bytes);
             }
         }
     }
     let growth = arguments.page_size.iter().map(|page_size| growth(&curves, page_size.bytes())).collect();
-    Ok(Report { machine, target_us: TARGET_US, curves, growth, left_out })
+    Ok(Report { machine: Machine::look(&quiet), target_us: TARGET_US, curves, growth, left_out })
 }
 
 /// The two guests.
@@ -158,7 +159,7 @@ struct Guests {
     name: String,
 }
 
-fn curve(arguments: &Arguments, memory_bytes: u64, page_size: PageSize) -> Result<Curve> {
+fn curve(arguments: &Arguments, quiet: &mut Quiet, memory_bytes: u64, page_size: PageSize) -> Result<Curve> {
     let name = format!("{} in {} pages", arguments::show(memory_bytes), arguments::show(page_size.bytes()));
     eprintln!("pause: {name}: making two guests");
     let chain = Chain::start(&arguments.program, memory_bytes, page_size.pages());
@@ -171,8 +172,8 @@ fn curve(arguments: &Arguments, memory_bytes: u64, page_size: PageSize) -> Resul
     plain.stop()?;
     let huge_bytes = (ours_huge, plain.huge_bytes());
     let mut guests = Guests { chain, plain, name };
-    let pairs = (0..arguments.pairs).map(|number| guests.pair(number)).collect::<Result<Vec<_>>>()?;
-    let full_speed = vec![guests.full_speed(true)?, guests.full_speed(false)?];
+    let pairs = (0..arguments.pairs).map(|number| guests.pair(number, quiet)).collect::<Result<Vec<_>>>()?;
+    let full_speed = vec![guests.full_speed(true, quiet)?, guests.full_speed(false, quiet)?];
     guests.chain.finish()?;
     guests.plain.finish()?;
     let all = |of: fn(&Pair) -> f64| spread(&pairs, of);
@@ -202,7 +203,8 @@ fn settle(at_most: Duration, passes: impl Fn() -> Result<u64>) -> Result<()> {
 }
 
 impl Guests {
-    fn pair(&mut self, number: u32) -> Result<Pair> {
+    fn pair(&mut self, number: u32, quiet: &mut Quiet) -> Result<Pair> {
+        quiet.wait();
         let (report, hop) = if number.is_multiple_of(2) {
             let report = self.update(How { populate: true, probe: false })?;
             (report, self.hop()?)
@@ -246,9 +248,10 @@ impl Guests {
         Ok(hop)
     }
 
-    fn full_speed(&mut self, populated: bool) -> Result<FullSpeed> {
+    fn full_speed(&mut self, populated: bool, quiet: &mut Quiet) -> Result<FullSpeed> {
         let (mut cold, mut warm, mut until) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..PROBES {
+            quiet.wait();
             let report = self.update(How { populate: populated, probe: true })?;
             let probe = report.probe.context("the guest was not probed")?;
             cold.push(probe.cold_ns);

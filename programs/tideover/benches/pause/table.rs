@@ -14,10 +14,8 @@ use crate::arguments;
 
 pub(crate) fn show(report: &Report) -> String {
     let pairs = report.curves.first().map_or(0, |curve| curve.pairs.len());
-    let mut text = format!(
-        "Linux {}, {} CPUs, load {} as it began; {pairs} pairs for each size\n",
-        report.machine.kernel, report.machine.cpus, report.machine.load
-    );
+    let mut text = report.machine.show();
+    text += &format!("{pairs} pairs of an update and a hop for each size\n");
     text += "\nPause by the host's clock, in µs\n";
     text += &comparison(report, |curve| &curve.by_host);
     text += "\nPause as the guest sees it, by its own clock, in µs\n";
