@@ -178,7 +178,8 @@ mod tests {
         let mut plain = Plain::start(8 << 20, Pages::Small).unwrap();
         for _ in 0..3 {
             let took = plain.hop().unwrap();
-            assert!(took.pause_us >= took.save_us + took.load_us, "{took:?}");
+            // The three are rounded, each by itself.
+            assert!(took.pause_us + 1.0 >= took.save_us + took.load_us, "{took:?}");
             // What the guest sees is the host's pause and the way out and in.
             assert!(took.guest_pause_us > took.pause_us, "{took:?}");
         }

@@ -5,6 +5,7 @@ use std::fs;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::fs::MetadataExt as _;
+use std::sync::Barrier;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -117,15 +118,18 @@ fn no_memory_is_taken_twice(guest: GuestKind) {
     let mut pid = rig.status().pid;
     for _ in 0..3 {
         let over = AtomicBool::new(false);
+        let begun = Barrier::new(2);
         let (next, most) = thread::scope(|scope| {
             let _end = EndOf(&over);
             let looking = scope.spawn(|| {
-                let mut most = Taken::default();
+                let mut most = Taken::by(pid);
+                begun.wait();
                 while !over.load(Ordering::Relaxed) {
                     most = most.most(Taken::by(pid));
                 }
                 most
             });
+            begun.wait();
             let next = rig.update_well();
             over.store(true, Ordering::Relaxed);
             (next, looking.join().expect("it only looks"))
