@@ -332,6 +332,20 @@ impl Channel {
         }
     }
 
+    /// Whether a message waits to be received.
+    #[must_use]
+    pub fn has_message(&self) -> bool {
+        let mut byte = [0; 1];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        loop {
+            match rustix::net::recv(&self.socket, &mut byte, flags) {
+                Err(Errno::INTR) => {}
+                // No message is empty: nothing is the end.
+                result => return result.is_ok_and(|(received, _)| received > 0),
+            }
+        }
+    }
+
     fn try_receive(&self, bytes: &mut [u8], max_fds: usize) -> Result<(RecvMsg, Vec<OwnedFd>), Errno> {
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_MESSAGE_FDS))];
         // Alignment leaves room for a few descriptors more than asked for; they are counted.

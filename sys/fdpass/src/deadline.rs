@@ -64,9 +64,45 @@ pub(crate) fn wait(fd: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) ->
     }
 }
 
+/// Waits until one of the descriptors can be read, is at its end, or shows an error. Gives the places in `fds` of those
+/// that do; none if the deadline passed first.
+///
+/// # Errors
+///
+/// What the kernel answers, as EINVAL for more descriptors than a process may have.
+pub fn ready(fds: &[BorrowedFd<'_>], deadline: Deadline) -> std::io::Result<Vec<usize>> {
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    loop {
+        let timeout = deadline.remaining().and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(0) if deadline.has_passed() => return Ok(Vec::new()),
+            Ok(0) | Err(Errno::INTR) => {}
+            Ok(_) => {
+                let shown = polled.iter().enumerate().filter(|(_, fd)| !fd.revents().is_empty());
+                return Ok(shown.map(|(place, _)| place).collect());
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_several_descriptors_those_that_can_be_read_or_have_ended_are_ready() {
+        use std::os::fd::AsFd as _;
+        let pairs: Vec<_> = (0..3).map(|_| crate::Channel::pair().unwrap()).collect();
+        let fds: Vec<_> = pairs.iter().map(|(ours, _)| ours.as_fd()).collect();
+        let soon = || Deadline::after(Duration::from_millis(1));
+        assert_eq!(ready(&fds, soon()).unwrap(), [] as [usize; 0]);
+        pairs[2].1.send(b"x", &[], Deadline::never()).unwrap();
+        assert_eq!(ready(&fds, soon()).unwrap(), [2]);
+        rustix::net::shutdown(&pairs[0].1, rustix::net::Shutdown::Both).unwrap();
+        assert_eq!(ready(&fds, Deadline::never()).unwrap(), [0, 2]);
+    }
 
     #[test]
     fn a_deadline_too_far_to_tell_never_passes() {

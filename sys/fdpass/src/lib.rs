@@ -8,6 +8,7 @@
 //! - A [`Peer`] is who held the other end when the two were joined, as the kernel says it.
 //! - A [`Pidfd`] tells when a process is gone, which a closed channel alone does not: a channel can
 //!   be closed by a process that lives, and kept open by a child of one that does not.
+//! - [`kind()`] says what a descriptor is of.
 //! - A [`Deadline`] ends every wait.
 //!
 //! # Starting a program that has a channel
@@ -40,6 +41,7 @@ mod channel;
 mod clock;
 mod credentials;
 mod deadline;
+mod kind;
 mod listener;
 mod peer;
 
@@ -48,6 +50,7 @@ pub use channel::{
     StdinError,
 };
 pub use clock::monotonic_ns;
-pub use deadline::Deadline;
-pub use listener::{AcceptError, BindError, ConnectError, Listener, connect};
+pub use deadline::{Deadline, ready};
+pub use kind::{Kind, kind};
+pub use listener::{AcceptError, AdoptListenerError, BindError, ConnectError, Listener, connect};
 pub use peer::{Peer, PeerError, Pidfd, PidfdError, WaitExitError};

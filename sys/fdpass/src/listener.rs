@@ -20,9 +20,10 @@ use rustix::fs::{
     AtFlags, FileType, FlockOperation, Mode, OFlags, Stat, fchmod, flock, fstat, statat, unlinkat,
 };
 use rustix::io::Errno;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{self, Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, getsockname, listen,
+    socket_with,
 };
 use rustix::process::geteuid;
 
@@ -111,6 +112,29 @@ pub enum BindError {
     },
 }
 
+/// Why [`Listener::adopt`] refused.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptListenerError {
+    /// The directory is not there, or not private.
+    #[error("cannot use the socket's directory")]
+    Directory(#[source] BindError),
+    /// The descriptor is something else than a listener at that path.
+    #[error("the descriptor is no socket that listens at {path:?}")]
+    Other {
+        /// The path given.
+        path: PathBuf,
+    },
+    /// The kernel refused.
+    #[error("cannot look at the socket at {path:?}")]
+    Ask {
+        /// The path given.
+        path: PathBuf,
+        /// What the kernel answered.
+        #[source]
+        cause: Errno,
+    },
+}
+
 /// Why [`Listener::accept`] gave no channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AcceptError {
@@ -186,6 +210,8 @@ pub struct Listener {
     name: PathBuf,
     /// The file's device and inode number, so that only our own is ever removed.
     identity: (u64, u64),
+    /// The file is ours to remove.
+    remove: bool,
 }
 
 impl Listener {
@@ -221,9 +247,48 @@ impl Listener {
         }
         let made = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed("look at"))?;
         listen(&socket, BACKLOG).map_err(failed("listen on"))?;
-        let listener = Self { socket, directory, name: name.into(), identity: identity(&made) };
+        let listener = Self { socket, directory, name: name.into(), identity: identity(&made), remove: true };
         flock(&listener.directory, FlockOperation::Unlock).map_err(failed("unlock"))?;
         Ok(listener)
+    }
+
+    /// Takes over the listener at `path` that another process has made, by its descriptor. It leaves the file when
+    /// it is dropped, until it [owns](Self::own) it.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptListenerError`] if the descriptor listens at no such path.
+    pub fn adopt(socket: OwnedFd, path: &Path) -> Result<Self, AdoptListenerError> {
+        let other = || AdoptListenerError::Other { path: path.to_owned() };
+        let ask = |cause| AdoptListenerError::Ask { path: path.to_owned(), cause };
+        let (parent, name) = split(path).ok_or_else(other)?;
+        let directory = open_private(parent).map_err(AdoptListenerError::Directory)?;
+        let listens = sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX)
+            && sockopt::socket_type(&socket) == Ok(SocketType::SEQPACKET)
+            && sockopt::socket_acceptconn(&socket) == Ok(true);
+        // The kernel shows a bound socket's address as it was given, which held the number of a descriptor.
+        let address = getsockname(&socket).map_err(ask)?;
+        let address = SocketAddrUnix::try_from(address).map_err(|_| other())?;
+        let bound = address
+            .path_bytes()
+            .is_some_and(|path| path.rsplit(|byte| *byte == b'/').next() == Some(name.as_encoded_bytes()));
+        if !listens || !bound {
+            return Err(other());
+        }
+        // A copy of the descriptor may have been given other flags.
+        rustix::io::ioctl_fionbio(&socket, true).map_err(ask)?;
+        let found = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).map_err(ask)?;
+        Ok(Self { socket, directory, name: name.into(), identity: identity(&found), remove: false })
+    }
+
+    /// From now on the file goes with this listener.
+    pub fn own(&mut self) {
+        self.remove = true;
+    }
+
+    /// Closes this process's end and leaves the file: somebody else owns it.
+    pub fn leave(mut self) {
+        self.remove = false;
     }
 
     /// Waits for a peer.
@@ -257,7 +322,7 @@ impl AsFd for Listener {
 impl Drop for Listener {
     /// Leaves the file alone where in doubt: a stale socket does no harm.
     fn drop(&mut self) {
-        if flock(&self.directory, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if !self.remove || flock(&self.directory, FlockOperation::NonBlockingLockExclusive).is_err() {
             return;
         }
         if let Ok(found) = statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)

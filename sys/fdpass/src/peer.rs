@@ -165,6 +165,17 @@ impl Pidfd {
         Self::open(Pid::from_child(child))
     }
 
+    /// The process that has this number now. To be used while something that only it can do shows that it lives, as
+    /// an answer on a channel.
+    ///
+    /// # Errors
+    ///
+    /// [`PidfdError`].
+    pub fn of_number(number: u32) -> Result<Self, PidfdError> {
+        let pid = i32::try_from(number).ok().and_then(Pid::from_raw);
+        Self::open(pid.ok_or(PidfdError::Gone { pid: number })?)
+    }
+
     fn open(pid: Pid) -> Result<Self, PidfdError> {
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => Ok(Self { fd }),

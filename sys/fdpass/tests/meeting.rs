@@ -5,13 +5,16 @@
 mod waits;
 
 use std::fs::{DirBuilder, Permissions, remove_dir_all, set_permissions, write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Barrier;
 use std::thread;
 
-use fdpass::{AcceptError, BindError, Channel, ConnectError, Listener, ReceiveError, connect};
+use fdpass::{
+    AcceptError, AdoptListenerError, BindError, Channel, ConnectError, Listener, ReceiveError, connect,
+};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 use rustix::process::{getegid, geteuid};
 
@@ -247,4 +250,37 @@ fn an_accepted_socket_passes_for_a_channel() {
     let _near = connect(&path, soon()).unwrap();
     let accepted = listener.accept(soon()).unwrap();
     Channel::from_fd(accepted.into_stdio()).unwrap();
+}
+
+#[test]
+fn a_listener_goes_to_another_owner_without_a_moment_in_which_nobody_listens() {
+    let directory = Private::new("adopted");
+    let path = directory.path().join("socket");
+    let first = Listener::bind(&path).unwrap();
+    let waiting = connect(&path, soon()).unwrap();
+    let copy = first.as_fd().try_clone_to_owned().unwrap();
+    drop(Listener::adopt(first.as_fd().try_clone_to_owned().unwrap(), &path).unwrap());
+    let mut second = Listener::adopt(copy, &path).unwrap();
+    second.own();
+    first.leave();
+    assert!(path.exists());
+    let came = second.accept(soon()).unwrap();
+    waiting.send(b"x", &[], soon()).unwrap();
+    assert_eq!(came.receive(8, 0, soon()).unwrap().bytes, b"x");
+    drop(connect(&path, soon()).unwrap());
+    drop(second);
+    assert!(!path.exists());
+}
+
+#[test]
+fn only_a_listener_at_its_path_is_adopted() {
+    let directory = Private::new("not-adopted");
+    let (path, other) = (directory.path().join("one"), directory.path().join("other"));
+    let (listener, _other) = (Listener::bind(&path).unwrap(), Listener::bind(&other).unwrap());
+    let copy = || listener.as_fd().try_clone_to_owned().unwrap();
+    assert!(matches!(Listener::adopt(copy(), &other), Err(AdoptListenerError::Other { .. })));
+    let (channel, _end) = Channel::pair().unwrap();
+    assert!(matches!(Listener::adopt(channel.into_stdio(), &path), Err(AdoptListenerError::Other { .. })));
+    assert!(Listener::adopt(copy(), Path::new("/nowhere/one")).is_err());
+    assert!(path.exists());
 }

@@ -278,3 +278,14 @@ fn a_channel_sent_over_a_channel_is_adopted() {
     inner.send(b"hello", &[], soon()).unwrap();
     assert_eq!(other.receive(16, 0, soon()).unwrap().bytes, b"hello");
 }
+
+#[test]
+fn a_message_that_waits_can_be_told_from_none_and_from_the_end() {
+    let (one, other) = Channel::pair().unwrap();
+    assert!(!other.has_message());
+    one.send(b"x", &[], soon()).unwrap();
+    assert!(other.has_message() && other.has_message());
+    assert_eq!(other.receive(8, 0, soon()).unwrap().bytes, b"x");
+    drop(one);
+    assert!(!other.has_message());
+}

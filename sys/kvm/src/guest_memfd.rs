@@ -11,7 +11,7 @@
 
 use std::fmt;
 use std::ops::BitOr;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{KVM_CAP_GUEST_MEMFD, kvm_create_guest_memfd};
 use kvm_ioctls::VmFd;
@@ -107,7 +107,7 @@ pub(crate) fn accepted_flags(vm: &VmFd) -> Option<GuestMemfdFlags> {
         .then(|| GuestMemfdFlags(u64::from(extension(vm, KVM_CAP_GUEST_MEMFD_FLAGS))))
 }
 
-/// Makes a guest_memfd for this VM, `size_bytes` long, without memory in it yet.
+/// Makes a guest_memfd for this VM, `size_bytes` long, without memory in it yet. Close-on-exec.
 ///
 /// # Errors
 ///
@@ -128,5 +128,9 @@ pub fn create(vm: &VmFd, size_bytes: u64, flags: GuestMemfdFlags) -> Result<Owne
     })?;
     // SAFETY: the ioctl succeeded, so `fd` is a descriptor that it opened just now, and nobody else has
     // been told its number.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // KVM leaves it open over an exec: a program started by chance would keep guest memory and the VM object.
+    // SAFETY: sets a flag of a descriptor that is ours, which cannot fail.
+    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
+    Ok(fd)
 }

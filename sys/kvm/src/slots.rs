@@ -184,6 +184,12 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
         Self { vm, slot_count, slots: BTreeMap::new() }
     }
 
+    /// The VM's descriptor.
+    #[must_use]
+    pub const fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
     /// Shows the guest `len_bytes` of `memory`, from `offset_bytes` in it on, at `guest_address`.
     ///
     /// All three numbers and the memory's own address are to be multiples of the page size.

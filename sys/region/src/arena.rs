@@ -71,6 +71,12 @@ impl Memory for Arena {
         let (mapping, offset) = self.find(address, into.len())?;
         mapping.read(offset, into).map_err(|_| NoMemory::at(address, into.len()))
     }
+
+    fn runs(&self) -> Vec<PageRange> {
+        let mut runs: Vec<PageRange> = self.regions.iter().map(|placed| placed.range).collect();
+        runs.sort_unstable_by_key(|run| run.start());
+        runs
+    }
 }
 
 impl MemoryMut for Arena {
@@ -104,6 +110,9 @@ mod tests {
         assert_eq!(&read, b"there");
         assert_eq!(arena.read(4 * 4096, &mut read), Err(NoMemory::at(4 * 4096, 5)));
         assert!(arena.read((1 << 30) + 8 * 4096 - 2, &mut read).is_err(), "runs out of its region");
+        arena.place(PageRange::of_bytes(1 << 20, 4096).unwrap(), mapping(1)).unwrap();
+        let starts: Vec<u64> = arena.runs().iter().map(|run| run.start().address()).collect();
+        assert_eq!(starts, [0, 1 << 20, 1 << 30]);
     }
 
     #[test]

@@ -29,6 +29,12 @@ pub enum LivenessError {
         /// The byte.
         byte: u32,
     },
+    /// Somebody has locked more of the region than a holder does: who lives cannot be told.
+    #[error("another process has locked {region} beyond what a holder locks")]
+    Foreign {
+        /// The region's name.
+        region: String,
+    },
     /// A system call failed.
     #[error("cannot {what} a lock on {region}")]
     Call {
@@ -78,12 +84,16 @@ impl LivenessLock {
 /// add a page on its behalf.
 ///
 /// # Errors
-/// [`LivenessError::Call`] if the kernel does not say.
+/// [`LivenessError::Call`] if the kernel does not say, [`LivenessError::Foreign`] if it names a lock that is no holder's.
 pub fn is_held(region: &Region, byte: u32) -> Result<bool, LivenessError> {
     let description = reopen(region)?;
     let mut lock = byte_lock(byte);
     ofd(&description, libc::F_OFD_GETLK, &mut lock).map_err(|source| call("ask for", region, source))?;
-    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+    match i32::from(lock.l_type) {
+        libc::F_UNLCK => Ok(false),
+        libc::F_WRLCK if lock.l_start == i64::from(byte) && lock.l_len == 1 => Ok(true),
+        _ => Err(LivenessError::Foreign { region: region.name().to_owned() }),
+    }
 }
 
 /// A description of the region of our own: locks belong to descriptions, not to processes or files.
@@ -131,6 +141,16 @@ mod tests {
         assert!(!is_held(&region, 0xABCDEE).unwrap());
         drop(lock);
         assert!(!is_held(&region, 0xABCDEF).unwrap());
+    }
+
+    #[test]
+    fn a_lock_of_more_than_a_byte_is_no_holder() {
+        let region = Region::create("t", 4096).unwrap();
+        let description = reopen(&region).unwrap();
+        let mut wide = libc::flock { l_len: 0, ..byte_lock(0) };
+        ofd(&description, libc::F_OFD_SETLK, &mut wide).unwrap();
+        assert!(matches!(is_held(&region, 7), Err(LivenessError::Foreign { .. })));
+        assert!(matches!(LivenessLock::take(&region, 7), Err(LivenessError::Taken { .. })));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Warm-up: pages for a whole mapping before the guest needs them, huge where they can be had.
 //!
-//! `MADV_HUGEPAGE` on shared memory says yes and does nothing where the host's `shmem_enabled` is `never`, so it
+//! Hugetlb memory has its huge pages already, and here gets entries for them; a guest_memfd has small ones only.
+//! Of a memfd, `MADV_HUGEPAGE` on shared memory says yes and does nothing where the host's `shmem_enabled` is `never`, so it
 //! is not relied on: memory is faulted in and then collapsed with `MADV_COLLAPSE`, and what came is
 //! looked up, not assumed.
 
@@ -9,15 +10,15 @@ use std::io;
 use std::io::BufRead;
 use std::io::BufReader;
 
+use abi::regions::Store;
 use rustix::io::Errno;
 use rustix::mm::Advice;
 use thiserror::Error;
 
 use crate::Mapping;
 use crate::PageSize;
+use crate::STEP_BYTES;
 
-/// Bytes that are warmed between two calls of the progress function.
-const STEP_BYTES: usize = 32 << 20;
 /// Tries of a collapse that the kernel says may succeed later.
 const COLLAPSE_TRIES: u32 = 3;
 
@@ -57,25 +58,42 @@ impl Mapping {
     /// [`WarmError`] if there is not enough memory. What was given stays.
     pub fn warm(&self, want: PageSize, progress: &mut dyn FnMut(u64, u64)) -> Result<Account, WarmError> {
         let len_bytes = self.len_bytes();
-        let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
         let mut refused = None;
-        if want == PageSize::Huge {
+        let collapse = want == PageSize::Huge && self.region().store() == Store::Memfd;
+        if collapse {
             // Where the host allows it, pages are then huge from their first touch.
             let _ = self.advise(Advice::LinuxHugepage);
         }
-        progress(0, len_bytes);
-        for offset in (0..len).step_by(STEP_BYTES) {
-            let step = STEP_BYTES.min(len - offset);
-            self.populate(offset, step)?;
-            if want == PageSize::Huge && refused.is_none() {
+        self.populate_all(progress, &mut |offset, step| {
+            if collapse && refused.is_none() {
                 refused =
                     self.collapse(offset, step).err().map(|error| error.raw_os_error().unwrap_or_default());
             }
-            progress((offset + step) as u64, len_bytes);
-        }
-        let huge_bytes = if want == PageSize::Huge { self.huge_bytes().unwrap_or_default() } else { 0 };
+        })?;
+        let huge_bytes = if want > PageSize::Small { self.huge_bytes().unwrap_or_default() } else { 0 };
         let refused = refused.filter(|_| huge_bytes < whole_huge(len_bytes));
         Ok(Account { wanted: want, huge_bytes, refused })
+    }
+
+    /// Gives every page memory, and maps it. `after` gets each step, by offset and length, right after it.
+    pub(crate) fn populate_all(
+        &self,
+        progress: &mut dyn FnMut(u64, u64),
+        after: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), WarmError> {
+        let len_bytes = self.len_bytes();
+        let len = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+        let page = usize::try_from(self.region().page_size().bytes()).unwrap_or(STEP_BYTES);
+        progress(0, len_bytes);
+        self.region().filling(|| {
+            for offset in (0..len).step_by(STEP_BYTES.max(page)) {
+                let step = STEP_BYTES.max(page).min(len - offset);
+                self.populate(offset, step)?;
+                after(offset, step);
+                progress((offset + step) as u64, len_bytes);
+            }
+            Ok(())
+        })
     }
 
     /// Gives the pages of the first `len_bytes` bytes (of all, if they are fewer) memory, and maps them.
@@ -115,7 +133,7 @@ impl Mapping {
         }
     }
 
-    /// Bytes of this mapping that are mapped by huge pages now.
+    /// Bytes of this mapping that are mapped by huge pages now, by the kernel's choice or from the host's pool.
     ///
     /// # Errors
     /// If `/proc/self/smaps` cannot be read.
@@ -128,7 +146,7 @@ impl Mapping {
             let line = line?;
             let mut words = line.split_ascii_whitespace();
             match words.next() {
-                Some("ShmemPmdMapped:") if inside => {
+                Some("ShmemPmdMapped:" | "Shared_Hugetlb:" | "Private_Hugetlb:") if inside => {
                     kib += words.next().and_then(|count| count.parse::<u64>().ok()).unwrap_or_default();
                 }
                 Some(range) if !range.ends_with(':') => {
@@ -170,7 +188,7 @@ mod tests {
         let mut seen = Vec::new();
         let account = mapping.warm(PageSize::Huge, &mut |done, of| seen.push((done, of))).unwrap();
         assert_eq!(seen, [(0, bytes), (bytes, bytes)]);
-        assert_eq!(mapping.region().allocated_bytes().unwrap(), bytes);
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), Some(bytes));
         assert_eq!(account.huge_bytes, mapping.huge_bytes().unwrap());
         assert!(account.huge_bytes == bytes || account.refused.is_some(), "{account:?}");
         let mut read = [0; 4];
@@ -182,9 +200,9 @@ mod tests {
     fn the_first_pages_are_given_memory_and_the_others_are_not() {
         let mapping = Region::create("t", 1 << 20).unwrap().map().unwrap();
         mapping.prefault_first(64 << 10).unwrap();
-        assert_eq!(mapping.region().allocated_bytes().unwrap(), 64 << 10);
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), Some(64 << 10));
         mapping.prefault_first(u64::MAX).unwrap();
-        assert_eq!(mapping.region().allocated_bytes().unwrap(), 1 << 20);
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), Some(1 << 20));
     }
 
     #[test]
@@ -192,6 +210,6 @@ mod tests {
         let mapping = Region::create("t", 4 << 20).unwrap().map().unwrap();
         let account = mapping.warm(PageSize::Small, &mut |_, _| {}).unwrap();
         assert_eq!((account.huge_bytes, account.refused), (0, None));
-        assert_eq!(mapping.region().allocated_bytes().unwrap(), 4 << 20);
+        assert_eq!(mapping.region().allocated_bytes().unwrap(), Some(4 << 20));
     }
 }

@@ -24,7 +24,9 @@
 //! this order:
 //!
 //! 1. stop the vCPUs (a parked one is kicked out by a signal, with its instruction pointer on the access);
-//! 2. [`Hold::end`], and unmap the memory that it gives back, all owners of it;
+//! 2. [`Hold::end`], and unmap the memory that it gives back, all owners of it; until the next step is
+//!    done nothing else may be mapped there, as what is parked would go on in that (where other threads
+//!    map, put a mapping without access in its place);
 //! 3. [`Parked::wake`]: what is parked tries again, finds nothing mapped, and fails without a page;
 //! 4. close the VM.
 //!

@@ -154,6 +154,16 @@ pub(crate) fn continue_range(uffd: BorrowedFd<'_>, span: Span) -> (usize, Result
     (mapped, result.map(|_zero| ()))
 }
 
+/// Whether each page of the range is in memory: one byte for each, its lowest bit. `pages` has as many.
+pub(crate) fn in_memory(span: Span, pages: &mut [u8]) -> Result<(), Errno> {
+    assert!(pages.len() >= span.len.div_ceil(crate::mapped::page_size()));
+    let address = std::ptr::with_exposed_provenance_mut(span.address);
+    // SAFETY: the kernel writes a byte for each page of the range, and `pages` has as many, as asserted; the range is
+    // looked up, not touched.
+    answer(unsafe { libc::mincore(address, span.len, pages.as_mut_ptr()) })?;
+    Ok(())
+}
+
 /// Makes entries for the range as if each page of it were read.
 pub(crate) fn populate_read(span: Span) -> Result<(), Errno> {
     let address = std::ptr::with_exposed_provenance_mut(span.address);

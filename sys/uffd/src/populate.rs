@@ -3,13 +3,20 @@
 //! A new process that maps a region has no entry for any page of it, and pays for each at the first
 //! access; a guest pays far more than a thread. To *populate* is to make the entries beforehand. What
 //! the kernel offers for it (`MADV_POPULATE_READ`, `MAP_POPULATE`) makes a page in each hole as well, and
-//! so would let a machine grow to its full size at its first update. There are three ways round that:
+//! so would let a machine grow to its full size at its first update. There are ways round that:
 //!
 //! | [`Method`] | how | a hole that appears meanwhile | huge pages | others' access meanwhile |
 //! |---|---|---|---|---|
 //! | `Guarded` | refuse faults, `MADV_POPULATE_READ` | stays a hole | mapped whole | to a hole: SIGBUS |
 //! | `Continue` | take faults, `UFFDIO_CONTINUE` | stays a hole | mapped in small pages | as always |
 //! | `Seek` | `SEEK_DATA`, `MADV_POPULATE_READ` | may be filled | mapped whole | as always |
+//! | `Touched` | `mincore`, `MADV_POPULATE_READ` | may be filled | | as always |
+//! | `Whole` | `MADV_POPULATE_READ` | may be filled | mapped whole | as always |
+//!
+//! `Touched` is for a real guest_memfd, which takes no userfaultfd and tells no holes; what it has of pages that
+//! nobody has touched yet gets no entry. The kernel answers the owner of the file and who may write it, and tells
+//! anybody else that all of it is there. `Whole` is for hugetlb memory without a userfaultfd, where no page is
+//! missing.
 //!
 //! Huge pages are here those that a memfd has by the kernel's choice or `MADV_COLLAPSE`; those of hugetlb
 //! are always mapped whole. Mapped in small pages, a huge page is as slow for a guest as small pages are.
@@ -28,7 +35,7 @@
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::{SeekFrom, fstatfs, seek};
+use rustix::fs::{SeekFrom, fstat, fstatfs, seek};
 use rustix::io::Errno;
 
 use crate::fd::{CallError, Mode, OpenError, RangeError, Stopped, Uffd};
@@ -59,6 +66,10 @@ pub enum Method {
     Continue,
     /// By reading ahead where `SEEK_DATA` says that there is data.
     Seek,
+    /// By reading ahead where `mincore` says that a page was touched.
+    Touched,
+    /// By reading ahead all of it, as it has no holes.
+    Whole,
 }
 
 /// Why a userfaultfd was not used.
@@ -77,7 +88,7 @@ pub enum Refusal {
 pub struct Populated {
     /// How.
     pub method: Method,
-    /// Why by [`Method::Seek`]; `None` with the others, or if it was asked for.
+    /// Why without a userfaultfd; `None` with one, or if [`Method::Seek`] was asked for.
     pub refusal: Option<Refusal>,
     /// Bytes that were found present and have entries now, those that had entries before included.
     pub bytes_mapped: usize,
@@ -96,8 +107,8 @@ pub enum PopulateError {
         #[source]
         cause: RangeError,
     },
-    /// The file does not say where its holes are (hugetlb, a real guest_memfd), and there is no
-    /// userfaultfd for it.
+    /// The file does not say where its holes are (hugetlb memory that has some), and there is no userfaultfd
+    /// for it.
     #[error("this file does not tell its holes, and a userfaultfd cannot be used")]
     NoHoles {
         /// Why there is no userfaultfd for it; `None` if none was asked for.
@@ -148,11 +159,11 @@ pub fn populate(
     };
     let registration = match register(mapped, activity) {
         Ok(registration) => registration,
-        Err(refusal) => return work.by_seek(Some(refusal)),
+        Err(refusal) => return work.without_userfaultfd(refusal),
     };
-    match method {
-        Method::Continue => work.by_continue(registration.uffd())?,
-        Method::Guarded | Method::Seek => work.guarded()?,
+    match activity {
+        Activity::Idle => work.guarded()?,
+        Activity::Busy => work.by_continue(registration.uffd())?,
     }
     let offset = work.total;
     registration.end().map_err(|cause| PopulateError::Userfaultfd { offset, cause })?;
@@ -317,6 +328,66 @@ impl<'a, M: Mapped> Work<'a, M> {
         Ok(())
     }
 
+    fn without_userfaultfd(&mut self, refusal: Refusal) -> Result<Populated, PopulateError> {
+        if !self.tells_holes() {
+            return self.if_whole(refusal);
+        }
+        match self.by_seek(Some(refusal)) {
+            Err(PopulateError::NoHoles { .. }) => self.by_touch(refusal),
+            result => result,
+        }
+    }
+
+    /// Populates all of it, if there is no page missing.
+    fn if_whole(&mut self, refusal: Refusal) -> Result<Populated, PopulateError> {
+        let ask = |cause| PopulateError::Call { action: "ask for the number of pages", offset: 0, cause };
+        let blocks = fstat(self.file).map_err(ask)?.st_blocks;
+        let present = usize::try_from(blocks).unwrap_or(0).saturating_mul(512);
+        if present < self.total {
+            return Err(PopulateError::NoHoles { refusal: Some(refusal) });
+        }
+        self.read_on(0..self.total)?;
+        Ok(self.result(Method::Whole, Some(refusal)))
+    }
+
+    /// Populates what somebody has touched.
+    fn by_touch(&mut self, refusal: Refusal) -> Result<Populated, PopulateError> {
+        let mut pages = vec![0; STEP / self.page];
+        let mut at = 0;
+        while at < self.total {
+            let end = self.step_end(at);
+            let span = Span::of(self.mapped, at..end).map_err(|cause| PopulateError::Range { cause })?;
+            let ask = |cause| PopulateError::Call { action: "ask what is in memory", offset: at, cause };
+            ioctl::in_memory(span, &mut pages).map_err(ask)?;
+            let mut from = at;
+            for run in pages[..span.len / self.page].chunk_by(|one, next| one & 1 == next & 1) {
+                let to = from + run.len() * self.page;
+                if run[0] & 1 != 0 {
+                    self.read_on(from..to)?;
+                }
+                from = to;
+            }
+            at = end;
+            self.tell(at);
+        }
+        Ok(self.result(Method::Touched, Some(refusal)))
+    }
+
+    /// Populates a range that is present, step by step.
+    fn read_on(&mut self, range: Range<usize>) -> Result<(), PopulateError> {
+        let mut at = range.start;
+        while at < range.end {
+            let end = self.step_end(at).min(range.end);
+            if self.read(at..end)? == Read::AtHole {
+                return Err(read_error(at, Errno::FAULT));
+            }
+            self.present += end - at;
+            at = end;
+            self.tell(at);
+        }
+        Ok(())
+    }
+
     fn by_seek(&mut self, refusal: Option<Refusal>) -> Result<Populated, PopulateError> {
         if !self.tells_holes() {
             return Err(PopulateError::NoHoles { refusal });
@@ -328,16 +399,8 @@ impl<'a, M: Mapped> Work<'a, M> {
             }
             error => error,
         })? {
-            at = data.start;
-            while at < data.end {
-                let end = self.step_end(at).min(data.end);
-                if self.read(at..end)? == Read::AtHole {
-                    return Err(read_error(at, Errno::FAULT));
-                }
-                self.present += end - at;
-                at = end;
-                self.tell(at);
-            }
+            at = data.end;
+            self.read_on(data)?;
         }
         self.tell(self.total);
         Ok(self.result(Method::Seek, refusal))

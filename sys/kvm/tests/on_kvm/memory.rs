@@ -1,7 +1,7 @@
 //! Memory slots and guest_memfd on the real KVM.
 
 use std::ops::ControlFlow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -263,6 +263,10 @@ fn a_guest_runs_from_a_guest_memfd_that_the_host_sees_too() {
             return;
         }
     };
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).unwrap();
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+    let close_on_exec = u32::from_str_radix(flags, 8).unwrap() & libc::O_CLOEXEC.cast_unsigned() != 0;
+    assert!(close_on_exec, "{info}");
     let memory = TestMemory::of_file(&file, 0x1_0000);
     memory.write(CODE, OUT_EACH_COUNT);
     let mut slots = builder.memory_slots();

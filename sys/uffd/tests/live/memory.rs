@@ -172,8 +172,13 @@ impl View {
 
 impl Drop for View {
     fn drop(&mut self) {
+        let (base, room) = self.reserved;
+        let none = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // Unmapped, but the addresses stay taken: else another test's mapping could come to lie where an
+        // access of this one is still parked, which would then go on in that.
         // SAFETY: all that `of` has reserved, the mapping in it included, and nobody else's.
-        unsafe { libc::munmap(self.reserved.0, self.reserved.1) };
+        let gone = unsafe { libc::mmap(base, room, libc::PROT_NONE, none, -1, 0) };
+        assert_eq!(gone, base, "{}", std::io::Error::last_os_error());
     }
 }
 
