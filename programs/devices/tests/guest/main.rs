@@ -1,0 +1,12 @@
+//! Kernels that are loaded, and guests that run on the devices, on the real KVM where it takes one.
+
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
+#![forbid(unsafe_code)]
+
+mod entry;
+mod image;
+mod lives;
+mod loading;
+mod machine;
+mod program;
+mod refused;
