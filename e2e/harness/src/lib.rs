@@ -1,8 +1,8 @@
 //! Tests that need more than every machine has: skipped loudly, and counted.
 //!
 //! A *need* is something of the machine that a test cannot make for itself: `/dev/kvm`, the right
-//! to open a userfaultfd, page frame numbers in pagemap, free huge pages. A test states its needs
-//! in its first line:
+//! to open a userfaultfd, page frame numbers in pagemap, free huge pages, network interfaces. A test states its needs
+//! in its first line, and has what was set aside for them, as huge pages are, until it ends:
 //!
 //! ```
 //! // #[test]
@@ -27,17 +27,19 @@
 
 #![forbid(unsafe_code)]
 
+mod hugetlb;
 mod machine;
 mod skip;
 
-pub use machine::Need;
+pub use machine::{Met, Need};
 pub use skip::{SkipLine, Unnamed};
 
 #[doc(hidden)]
 pub use skip::go_on;
 
 /// Returns from the test unless the machine meets every need named: `kvm`, `userfaultfd`,
-/// `pagemap`, `hugetlb`.
+/// `pagemap`, `hugetlb`, `hugetlb_1g`, `guest_memfd`, `tap`. What was set aside for one is given back at the end of
+/// the block that this stands in.
 ///
 /// To be the first statement of a `#[test]` function that returns `()`, in the function itself and
 /// not in one that it calls: it is that function which it names and from which it returns.
@@ -51,16 +53,19 @@ pub use skip::go_on;
 macro_rules! need {
     ($($need:ident),+ $(,)?) => {
         $(
-            if !$crate::go_on($crate::need!(@of $need), env!("CARGO_PKG_NAME"), {
+            let Some(_met) = $crate::go_on($crate::need!(@of $need), env!("CARGO_PKG_NAME"), {
                 fn here() {}
                 ::std::any::type_name_of_val(&here)
-            }) {
+            }) else {
                 return;
-            }
+            };
         )+
     };
     (@of kvm) => { $crate::Need::Kvm };
     (@of userfaultfd) => { $crate::Need::Userfaultfd };
     (@of pagemap) => { $crate::Need::Pagemap };
     (@of hugetlb) => { $crate::Need::Hugetlb };
+    (@of hugetlb_1g) => { $crate::Need::Hugetlb1g };
+    (@of guest_memfd) => { $crate::Need::GuestMemfd };
+    (@of tap) => { $crate::Need::Tap };
 }

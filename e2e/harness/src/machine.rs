@@ -1,11 +1,20 @@
 //! What a machine may lack, and how to tell without a system call of our own: by opening what the
-//! test will open, and by reading what the kernel says under `/proc` and `/sys`.
+//! test will open, by reading what the kernel says under `/proc` and `/sys`, and by asking KVM.
 
 use std::fmt;
 use std::fs::{File, OpenOptions, read_to_string};
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+
+use kvm_ioctls::Kvm;
+
+use crate::hugetlb::Pages;
+
+/// Huge pages that a test which needs them has at least.
+const HUGE_PAGES: u64 = 16;
+/// The same of 1 GiB.
+const GIANT_PAGES: u64 = 1;
 
 /// Something that a test needs of the machine and cannot make for itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,13 +26,27 @@ pub enum Need {
     /// Page frame numbers in `/proc/self/pagemap`, which the kernel shows as zero to those without
     /// `CAP_SYS_ADMIN`.
     Pagemap,
-    /// At least one free 2 MiB huge page.
+    /// 16 free huge pages of 2 MiB: set aside for the test if this user may, and given back after it.
     Hugetlb,
+    /// A free huge page of 1 GiB, likewise.
+    Hugetlb1g,
+    /// A KVM whose guest_memfd can be mapped and touched.
+    GuestMemfd,
+    /// `/dev/net/tun`, and `CAP_NET_ADMIN` to make an interface.
+    Tap,
 }
 
 impl Need {
     /// Every need.
-    pub const ALL: [Self; 4] = [Self::Kvm, Self::Userfaultfd, Self::Pagemap, Self::Hugetlb];
+    pub const ALL: [Self; 7] = [
+        Self::Kvm,
+        Self::Userfaultfd,
+        Self::Pagemap,
+        Self::Hugetlb,
+        Self::Hugetlb1g,
+        Self::GuestMemfd,
+        Self::Tap,
+    ];
 
     /// The name by which [`need!`](crate::need) and the environment know it.
     #[must_use]
@@ -33,6 +56,9 @@ impl Need {
             Self::Userfaultfd => "userfaultfd",
             Self::Pagemap => "pagemap",
             Self::Hugetlb => "hugetlb",
+            Self::Hugetlb1g => "hugetlb_1g",
+            Self::GuestMemfd => "guest_memfd",
+            Self::Tap => "tap",
         }
     }
 
@@ -42,19 +68,30 @@ impl Need {
         Self::ALL.into_iter().find(|need| need.name() == name)
     }
 
-    /// Looks whether this machine, for this user, meets the need.
+    /// Looks whether this machine, for this user, meets the need, and sets aside what the test then has
+    /// until what is returned is dropped.
     ///
     /// # Errors
     ///
     /// The reason why not, as one line for people.
-    pub fn check(self) -> Result<(), String> {
-        match self {
-            Self::Kvm => open(Path::new("/dev/kvm")),
-            Self::Userfaultfd => userfaultfd(Path::new("/")),
-            Self::Pagemap => pagemap(),
-            Self::Hugetlb => hugetlb(Path::new("/")),
-        }
+    pub fn meet(self) -> Result<Met, String> {
+        let pages = match self {
+            Self::Kvm => open(Path::new("/dev/kvm")).map(|()| None),
+            Self::Userfaultfd => userfaultfd(Path::new("/")).map(|()| None),
+            Self::Pagemap => pagemap().map(|()| None),
+            Self::Hugetlb => hugetlb(Path::new("/"), "2048kB", HUGE_PAGES),
+            Self::Hugetlb1g => hugetlb(Path::new("/"), "1048576kB", GIANT_PAGES),
+            Self::GuestMemfd => guest_memfd().map(|()| None),
+            Self::Tap => tap(Path::new("/")).map(|()| None),
+        };
+        Ok(Met { _pages: pages? })
     }
+}
+
+/// A need that is met for as long as this lives.
+#[derive(Debug)]
+pub struct Met {
+    _pages: Option<Pages>,
 }
 
 impl fmt::Display for Need {
@@ -88,18 +125,33 @@ fn userfaultfd(root: &Path) -> Result<(), String> {
     if read(&setting)?.trim() == "1" {
         return Ok(());
     }
-    let status = read(&root.join("proc/self/status"))?;
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
-        .ok_or("/proc/self/status says no CapEff")?;
+    let effective = capabilities(root)?;
     let first_namespace =
         read(&root.join("proc/self/uid_map"))?.split_whitespace().eq(["0", "0", "4294967295"]);
     if first_namespace && effective & (1 << CAP_SYS_PTRACE) != 0 {
         return Ok(());
     }
     Err(format!("{device}; and without CAP_SYS_PTRACE the system call wants vm.unprivileged_userfaultfd=1"))
+}
+
+/// What this process may do, a bit for each capability.
+fn capabilities(root: &Path) -> Result<u64, String> {
+    let status = read(&root.join("proc/self/status"))?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .ok_or_else(|| "/proc/self/status says no CapEff".to_owned())
+}
+
+fn tap(root: &Path) -> Result<(), String> {
+    const CAP_NET_ADMIN: u32 = 12;
+
+    open(&root.join("dev/net/tun"))?;
+    if capabilities(root)? & (1 << CAP_NET_ADMIN) != 0 {
+        return Ok(());
+    }
+    Err("CAP_NET_ADMIN is missing".to_owned())
 }
 
 /// Looks up a page of our own that is certainly present.
@@ -132,13 +184,26 @@ fn pagemap() -> Result<(), String> {
     Ok(())
 }
 
-fn hugetlb(root: &Path) -> Result<(), String> {
-    let path = root.join("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
-    let text = read(&path)?;
-    let free: u64 =
-        text.trim().parse().map_err(|_| format!("{} is not a number: {text:?}", path.display()))?;
-    if free == 0 {
-        return Err("no free 2 MiB huge page: set vm.nr_hugepages".to_owned());
+fn hugetlb(root: &Path, size: &str, count: u64) -> Result<Option<Pages>, String> {
+    let folder = root.join("sys/kernel/mm/hugepages").join(format!("hugepages-{size}"));
+    if !folder.exists() {
+        return Err(format!("this kernel has no huge pages of {size}"));
+    }
+    Pages::set_aside(&folder, count)
+}
+
+fn guest_memfd() -> Result<(), String> {
+    const KVM_CAP_GUEST_MEMFD: u64 = 234;
+    const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
+    const MMAP_AND_INIT_SHARED: i32 = 3;
+
+    let vm = Kvm::new().and_then(|kvm| kvm.create_vm());
+    let vm = vm.map_err(|error| format!("KVM makes no VM: {error}"))?;
+    let flags = vm.check_extension_raw(KVM_CAP_GUEST_MEMFD_FLAGS);
+    if vm.check_extension_raw(KVM_CAP_GUEST_MEMFD) <= 0
+        || flags & MMAP_AND_INIT_SHARED != MMAP_AND_INIT_SHARED
+    {
+        return Err(format!("this KVM has no guest_memfd that can be mapped and touched (flags {flags:#x})"));
     }
     Ok(())
 }
@@ -229,12 +294,21 @@ mod tests {
     }
 
     #[test]
-    fn hugetlb_wants_a_page_that_is_free() {
-        let root = Root::with("huge", &[(HUGE, "3\n")]);
-        assert_eq!(hugetlb(&root.0), Ok(()));
-        let root = Root::with("huge-used", &[(HUGE, "0\n")]);
-        assert!(hugetlb(&root.0).unwrap_err().contains("no free 2 MiB"));
-        let root = Root::with("huge-odd", &[(HUGE, "many\n")]);
-        assert!(hugetlb(&root.0).unwrap_err().contains("not a number"));
+    fn tap_wants_the_device_and_the_capability() {
+        let device = ("dev/net/tun", "");
+        let with = "CapEff:\t0000000000001000\n";
+        assert_eq!(tap(&Root::with("tap", &[device, (STATUS, with)]).0), Ok(()));
+        assert!(tap(&Root::with("tap-none", &[(STATUS, with)]).0).unwrap_err().contains("dev/net/tun"));
+        let without = tap(&Root::with("tap-user", &[device, (STATUS, WITH_PTRACE)]).0);
+        assert!(without.unwrap_err().contains("CAP_NET_ADMIN"));
+    }
+
+    #[test]
+    fn hugetlb_wants_as_many_pages_as_a_test_has() {
+        let root = Root::with("huge", &[(HUGE, "16\n")]);
+        assert!(hugetlb(&root.0, "2048kB", HUGE_PAGES).unwrap().is_none());
+        let root = Root::with("huge-used", &[(HUGE, "15\n")]);
+        assert!(hugetlb(&root.0, "2048kB", HUGE_PAGES).unwrap_err().contains("15 free huge pages of 16"));
+        assert!(hugetlb(&root.0, "1048576kB", 1).unwrap_err().contains("no huge pages of 1048576kB"));
     }
 }

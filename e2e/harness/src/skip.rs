@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use crate::Need;
+use crate::machine::Met;
 
 /// One skip, as `TIDEOVER_SKIPS` gets it: a line of four fields with tabs between.
 ///
@@ -103,17 +104,20 @@ fn listed(variable: &str, need: Need) -> bool {
     }
 }
 
-/// Whether the test may go on; if not, the skip is told and recorded. `here` is the path of a
-/// function within the test.
+/// What the test has while it goes on; if it may not, the skip is told and recorded. `here` is the path of
+/// a function within the test.
 #[doc(hidden)]
 #[must_use]
-pub fn go_on(need: Need, package: &str, here: &str) -> bool {
-    let unmet = if listed("TIDEOVER_WITHOUT", need) {
+pub fn go_on(need: Need, package: &str, here: &str) -> Option<Met> {
+    let met = if listed("TIDEOVER_WITHOUT", need) {
         Err("TIDEOVER_WITHOUT takes it as not met".to_owned())
     } else {
-        need.check()
+        need.meet()
     };
-    let Err(reason) = unmet else { return true };
+    let reason = match met {
+        Ok(met) => return Some(met),
+        Err(reason) => reason,
+    };
 
     let line = SkipLine {
         package: package.to_owned(),
@@ -137,7 +141,7 @@ pub fn go_on(need: Need, package: &str, here: &str) -> bool {
             panic!("the skip of {} cannot be recorded in {}: {error}", line.test, path.display());
         }
     }
-    false
+    None
 }
 
 #[cfg(test)]

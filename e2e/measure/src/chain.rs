@@ -12,8 +12,8 @@ use pulse::{MAILBOX_OFFSET, word};
 use rustix::process::{Pid, Signal, kill_process};
 use socket::Timeouts;
 use vmm::control::{
-    Answer, Client, GuestKind, MachineSpec, Pages, Request, Source, Status, UpdateOutcome, UpdateReport,
-    UpdateRequest,
+    Answer, Carrier, Client, GuestKind, MachineSpec, Pages, Request, Source, Status, UpdateOutcome,
+    UpdateReport, UpdateRequest,
 };
 
 /// How long a VMM may take to end once its guest runs elsewhere.
@@ -24,6 +24,8 @@ const AFTERWARDS: Duration = Duration::from_millis(20);
 /// How an update is to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct How {
+    /// How the machine gets to its next VMM.
+    pub carrier: Carrier,
     /// Enter present pages into the successor's page tables before the pause.
     pub populate: bool,
     /// Measure what the guest's first touches cost.
@@ -47,13 +49,7 @@ impl Chain {
     /// # Errors
     /// If there is no such guest.
     pub fn start(program: &Path, memory_bytes: u64, pages: Pages) -> Result<Self> {
-        let spec = MachineSpec {
-            name: "bench".to_owned(),
-            memory_bytes,
-            pages,
-            prefault: true,
-            guest: GuestKind::Kvm,
-        };
+        let spec = MachineSpec { pages, ..MachineSpec::new("bench", memory_bytes, GuestKind::Kvm) };
         let (ours, theirs) = Channel::pair()?;
         let first = Command::new(program)
             .args(["vmm", "run", "--spec", &serde_json::to_string(&spec)?])
@@ -108,6 +104,7 @@ impl Chain {
         let millis = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
         let request = Request::Update(UpdateRequest {
             successor: Source::Program(self.program.clone()),
+            carrier: how.carrier,
             populate: how.populate,
             probe: how.probe,
             timeout_ms: millis(timeouts.hand_over),
@@ -122,7 +119,7 @@ impl Chain {
         };
         let predecessor = std::mem::replace(&mut self.pid, successor);
         let begun = Instant::now();
-        while lives(predecessor) {
+        while predecessor != successor && lives(predecessor) {
             if begun.elapsed() > GONE {
                 bail!("the old VMM, process {predecessor}, does not end");
             }
@@ -185,9 +182,11 @@ impl Drop for Chain {
 
 fn status(client: &Client) -> Result<Status> {
     match client.ask(&Request::Status, &mut |_, _, _| {})? {
-        Answer::Status(Status { failure: Some(why), .. }) => bail!("the guest has failed: {why}"),
         Answer::Status(status) if status.errors > 0 => bail!("the guest found {} errors", status.errors),
-        Answer::Status(status) => Ok(status),
+        Answer::Status(status) => match status.failure {
+            Some(why) => bail!("{why}"),
+            None => Ok(*status),
+        },
         other => bail!("unexpected answer to status: {other:?}"),
     }
 }

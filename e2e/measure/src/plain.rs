@@ -52,6 +52,7 @@ impl Plain {
         let pages = match pages {
             Pages::Huge => PageSize::Huge,
             Pages::Small => PageSize::Small,
+            Pages::Giant => anyhow::bail!("plain memory of 1 GiB pages is not made here"),
         };
         let memory = PlainMemory::new(memory_bytes, pages)?;
         let slots: Vec<Slot> = pulse::slots(memory_bytes)

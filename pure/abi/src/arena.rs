@@ -38,6 +38,10 @@ pub const SLOT_ADDRESSES: [u64; 2] = [128, 192];
 /// The most frames in region 0: one leaf of the tree of preserved memory covers them all.
 pub const MAX_FRAMES: u64 = 1 << crate::radix::LEAF_BITS;
 
+/// The highest generation of a [`RootSlot`]. A writer that commits a million times in a second gets there in
+/// 292,000 years; one that says that it did would leave the next no number to go on with.
+pub const MAX_GENERATION: u64 = u64::MAX / 2;
+
 const FORMAT: &str = "tideover-arena-v1";
 
 /// First 64 bytes of an arena. They never change; what grows goes into the tree.
@@ -152,11 +156,17 @@ impl RootSlot {
     /// Reads the slot that counts.
     ///
     /// # Errors
-    /// [`Malformed`] if neither is valid, which no crash of a writer can bring about.
+    /// [`Malformed`] if neither is valid, or its generation is over [`MAX_GENERATION`]: no crash of a writer can
+    /// bring that about.
     pub fn read(memory: &(impl Memory + ?Sized)) -> Result<Self, Malformed> {
         let mut newest: Option<Self> = None;
         for address in SLOT_ADDRESSES {
-            let slot: Self = Place::new(FORMAT, address).get(memory)?;
+            let place = Place::new(FORMAT, address);
+            let slot: Self = place.get(memory)?;
+            let (found, limit) = (slot.generation(), MAX_GENERATION);
+            if slot.is_valid() && found > limit {
+                return Err(place.bad("generation", Problem::TooLarge { found, limit }));
+            }
             if slot.is_valid() && newest.is_none_or(|other| other.generation() < slot.generation()) {
                 newest = Some(slot);
             }
@@ -333,6 +343,21 @@ mod tests {
     #[test]
     fn an_arena_without_a_valid_slot_is_refused() {
         assert_eq!(RootSlot::read(&arena()).unwrap_err().field, "root slot");
+    }
+
+    #[test]
+    fn a_generation_that_leaves_none_to_follow_is_refused() {
+        let mut memory = arena();
+        memory.write(RootSlot::address(2), RootSlot::new(2, 0x1000).as_bytes()).unwrap();
+        for (generation, is_read) in [(MAX_GENERATION, true), (MAX_GENERATION + 2, false), (u64::MAX, false)]
+        {
+            let slot = RootSlot::new(generation, 0x2000);
+            memory.write(RootSlot::address(generation), slot.as_bytes()).unwrap();
+            match RootSlot::read(&memory) {
+                Ok(read) => assert!(is_read && read == slot, "{generation:#x}"),
+                Err(error) => assert!(!is_read && error.field == "generation", "{generation:#x}"),
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Chains of blocks of equal entries (facts 4.5): how sessions and files are listed.
 //!
 //! A block is a page: the next block's address, a count, then that many entries back to back. A valid
-//! chain has no empty block and no cycle.
+//! chain has no empty block and no cycle, and shares no block with another one.
 
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
@@ -82,14 +82,19 @@ pub struct Chain<E> {
 }
 
 impl<E: FromBytes + IntoBytes + Clone> Chain<E> {
-    /// Reads the chain that starts at `first`; 0 is the empty chain.
+    /// Reads the chain that starts at `first`; 0 is the empty chain. `seen` holds the pages that other structures
+    /// lie in, and gets this chain's: chains that shared a block would have the reader take its entries as often as
+    /// it is named.
     ///
     /// # Errors
     /// [`Malformed`] for a block that cannot be read, is empty, says more entries than it can hold, or was
     /// met before, and for more than [`MAX_BLOCKS`].
-    pub fn read(memory: &(impl Memory + ?Sized), first: u64) -> Result<Self, Malformed> {
+    pub fn read(
+        memory: &(impl Memory + ?Sized),
+        first: u64,
+        seen: &mut BTreeSet<u64>,
+    ) -> Result<Self, Malformed> {
         let mut chain = Self { blocks: Vec::new(), entries: Vec::new() };
-        let mut seen = BTreeSet::new();
         let mut next = first;
         while next != 0 {
             let place = Place::new(FORMAT, next);
@@ -158,7 +163,7 @@ mod tests {
         let broken = |at: usize, value: u64| {
             let mut memory = whole.clone();
             memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
-            Chain::<Entry>::read(&memory, 4096).unwrap_err()
+            Chain::<Entry>::read(&memory, 4096, &mut BTreeSet::new()).unwrap_err()
         };
         assert_eq!(broken(4096, 4096).problem, Problem::Repeated { found: 4096 });
         assert_eq!(broken(4096, 4097).problem, Problem::Misaligned { found: 4097 });
@@ -172,7 +177,7 @@ mod tests {
         fn what_is_written_is_read(entries in proptest::collection::vec(any::<u8>(), 0..200)) {
             let entries: Vec<Entry> = entries.into_iter().map(|byte| [byte; 80]).collect();
             let first = if entries.is_empty() { 0 } else { 4096 };
-            let read = Chain::<Entry>::read(&chain(&entries), first).unwrap();
+            let read = Chain::<Entry>::read(&chain(&entries), first, &mut BTreeSet::new()).unwrap();
             prop_assert_eq!(read.entries, entries);
         }
     }

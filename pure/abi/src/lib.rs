@@ -15,6 +15,8 @@
 //! | [`block`], [`luo`] | sessions and files, `luo-v5` | the kernel's |
 //! | [`record`] | the fixed head of our own records | ours |
 //! | [`regions`], [`gmem`], [`vm`], [`state`] | region table, guest memory, machine, state of a vCPU or device | ours |
+//! | [`foreign`] | a descriptor that goes with the machine | ours |
+//! | [`numa`] | NUMA policy inside the region table | ours |
 //! | [`groups`] | typed groups inside a state | ours |
 //!
 //! Integers are little-endian. Structures are byte arrays with an alignment of one.
@@ -25,11 +27,13 @@ extern crate alloc;
 
 pub mod arena;
 pub mod block;
+pub mod foreign;
 pub mod gmem;
 pub mod groups;
 pub mod kho;
 pub mod luo;
 pub mod memory;
+pub mod numa;
 pub mod radix;
 pub mod record;
 pub mod regions;
@@ -43,3 +47,4 @@ pub use memory::Memory;
 pub use memory::MemoryMut;
 pub use memory::NoMemory;
 pub use memory::Problem;
+pub use memory::holds;

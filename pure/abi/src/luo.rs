@@ -137,7 +137,7 @@ impl Luo {
     ///
     /// # Errors
     /// [`Malformed`] at the first thing that the kernel's reader would refuse, and at what it overlooks: a
-    /// file count that is not the files', a name or a token twice.
+    /// file count that is not the files', a name or a token twice, a page that two chains share.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64, size: u64) -> Result<Self, Malformed> {
         let place = Place::new(COMPATIBLE, address);
         if size < size_of::<LuoSer>() as u64 {
@@ -147,18 +147,24 @@ impl Luo {
         let expected = LuoSer::new(0, 0, 0).compatible;
         place.expect("compatible", u64::from_le_bytes(ser.compatible), u64::from_le_bytes(expected))?;
         let flbs = place.page_address("flbs_pa", ser.flbs.get())?;
+        // One for everything that is read here: each page is one thing.
+        let mut seen = BTreeSet::from([page_of(address)]);
+        if !seen.insert(flbs) {
+            return Err(place.bad("flbs_pa", Problem::Repeated { found: flbs }));
+        }
         let flb: FlbHeader = Place::new("luo flb", flbs).get(memory)?;
         Place::new("luo flb", flbs).expect("pgcnt", flb.pages.get(), 1)?;
-        let chain = Chain::<SessionSer>::read(memory, ser.sessions.get())?;
+        let chain = Chain::<SessionSer>::read(memory, ser.sessions.get(), &mut seen)?;
         let mut pages = alloc::vec![page_of(address), flbs];
         pages.extend(&chain.blocks);
         let mut luo = Self { liveupdate_num: ser.liveupdate_num.get(), sessions: Vec::new(), pages };
         let mut names = BTreeSet::new();
         for entry in &chain.entries {
-            let session = read_session(memory, place, entry, &mut luo.pages)?;
+            let (session, blocks) = read_session(memory, place, entry, &mut seen)?;
             if !names.insert(session.name) {
                 return Err(place.bad("session name", Problem::Repeated { found: luo.sessions.len() as u64 }));
             }
+            luo.pages.extend(blocks);
             luo.sessions.push(session);
         }
         Ok(luo)
@@ -169,17 +175,17 @@ fn page_of(address: u64) -> u64 {
     address & !(PAGE_BYTES as u64 - 1)
 }
 
+/// The session of an entry, and the pages of its files' blocks.
 fn read_session(
     memory: &(impl Memory + ?Sized),
     place: Place,
     entry: &SessionSer,
-    pages: &mut Vec<u64>,
-) -> Result<Session, Malformed> {
+    seen: &mut BTreeSet<u64>,
+) -> Result<(Session, Vec<u64>), Malformed> {
     let name =
         SessionName::read(&entry.name).ok_or_else(|| place.bad("session name", Problem::NotTerminated))?;
-    let chain = Chain::<FileSer>::read(memory, entry.files.get())?;
+    let chain = Chain::<FileSer>::read(memory, entry.files.get(), seen)?;
     place.expect("file count", entry.count.get(), chain.entries.len() as u64)?;
-    pages.extend(&chain.blocks);
     let mut tokens = BTreeSet::new();
     let file = |file: &FileSer| {
         let compatible = Compatible::read(&file.compatible);
@@ -190,7 +196,8 @@ fn read_session(
         let compatible = compatible.ok_or_else(|| place.bad("compatible", Problem::NotTerminated))?;
         Ok(File { compatible, data: file.data.get(), token })
     };
-    Ok(Session { name, files: chain.entries.iter().map(file).collect::<Result<_, _>>()? })
+    let files = chain.entries.iter().map(file).collect::<Result<_, _>>()?;
+    Ok((Session { name, files }, chain.blocks))
 }
 
 impl Session {
@@ -259,6 +266,30 @@ mod tests {
         let luo = Luo::read(&memory(&session), 4096, 32).unwrap();
         assert_eq!((luo.liveupdate_num, luo.sessions), (1, vec![session]));
         assert_eq!(luo.pages, [4096, 2 * 4096, 3 * 4096, 4 * 4096]);
+    }
+
+    #[test]
+    fn sessions_that_share_a_chain_of_files_are_refused() {
+        let session = Session { name: SessionName::literal("vm-a"), files: vec![file(1), file(2)] };
+        let mut memory = memory(&session);
+        let other = Session { name: SessionName::literal("vm-b"), ..session.clone() };
+        let entries = [session.entry(4 * 4096), other.entry(4 * 4096)];
+        memory[3 * 4096..][..4096].copy_from_slice(&block::encode(&entries, &[3 * 4096])[0]);
+        let error = Luo::read(&memory, 4096, 32).unwrap_err();
+        assert_eq!((error.field, error.problem), ("next", Problem::Repeated { found: 4 * 4096 }));
+    }
+
+    #[test]
+    fn a_page_is_one_thing() {
+        let session = Session { name: SessionName::literal("vm-a"), files: vec![file(1)] };
+        // The page of FLBs is a session block that says 1 entry, too.
+        for (at, page) in [(4096 + 16, 2u64), (4096 + 16, 1), (4096 + 24, 1), (3 * 4096 + 16 + 64, 3)] {
+            let mut memory = memory(&session);
+            memory[2 * 4096 + 8] = 1;
+            memory[at..at + 8].copy_from_slice(&(page * 4096).to_le_bytes());
+            let error = Luo::read(&memory, 4096, 32).unwrap_err();
+            assert_eq!(error.problem, Problem::Repeated { found: page * 4096 });
+        }
     }
 
     #[test]

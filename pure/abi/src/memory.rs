@@ -7,6 +7,8 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use pages::PAGE_SIZE;
+use pages::PageRange;
+use pages::Pfn;
 use thiserror::Error;
 use zerocopy::FromBytes;
 use zerocopy::IntoBytes;
@@ -38,6 +40,16 @@ pub trait Memory {
     /// # Errors
     /// [`NoMemory`] if not all of the bytes are there; `into` may then hold part of them.
     fn read(&self, address: u64, into: &mut [u8]) -> Result<(), NoMemory>;
+
+    /// The pages that are there, as ascending runs that do not overlap. Some of them may still not be readable; what
+    /// is outside is not there at all, and a structure that says it is, or counts more pages than these, is broken.
+    fn runs(&self) -> Vec<PageRange>;
+}
+
+/// True if all pages of `range` lie in one of `runs`, which ascend.
+pub fn holds(runs: &[PageRange], range: PageRange) -> bool {
+    let after = runs.partition_point(|run| run.start() <= range.start());
+    after.checked_sub(1).and_then(|at| runs.get(at)).is_some_and(|run| run.covers(range))
 }
 
 /// Memory that can be written, too.
@@ -55,6 +67,10 @@ pub trait MemoryMut: Memory {
 impl<M: Memory + ?Sized> Memory for &M {
     fn read(&self, address: u64, into: &mut [u8]) -> Result<(), NoMemory> {
         (**self).read(address, into)
+    }
+
+    fn runs(&self) -> Vec<PageRange> {
+        (**self).runs()
     }
 }
 
@@ -196,6 +212,11 @@ impl Memory for Vec<u8> {
         into.copy_from_slice(bytes);
         Ok(())
     }
+
+    fn runs(&self) -> Vec<PageRange> {
+        let whole = self.len() as u64 / PAGE_SIZE;
+        PageRange::new(Pfn::ZERO, whole).into_iter().collect()
+    }
 }
 
 impl MemoryMut for Vec<u8> {
@@ -208,4 +229,31 @@ impl MemoryMut for Vec<u8> {
     }
 
     fn order_writes(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use super::*;
+
+    #[test]
+    fn a_range_is_held_by_one_run_or_not_at_all() {
+        let range = |start: u64, count: u64| PageRange::new(Pfn::new(start).unwrap(), count).unwrap();
+        let runs = [range(0, 16), range(64, 32), range(96, 1)];
+        for (held, start, count) in [
+            (true, 0, 16),
+            (false, 0, 17),
+            (false, 16, 1),
+            (true, 64, 32),
+            (true, 95, 1),
+            (true, 96, 1),
+            (false, 95, 2),
+            (false, 97, 1),
+        ] {
+            assert_eq!(holds(&runs, range(start, count)), held, "{start} {count}");
+        }
+        assert!(!holds(&[], range(0, 1)));
+        assert_eq!(vec![0u8; 3 * 4096 + 5].runs(), [range(0, 3)]);
+    }
 }

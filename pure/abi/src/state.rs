@@ -6,6 +6,7 @@
 
 use alloc::vec::Vec;
 
+use pages::PAGE_SIZE;
 use zerocopy::FromBytes;
 use zerocopy::Immutable;
 use zerocopy::IntoBytes;
@@ -106,12 +107,29 @@ impl StateRecord {
         })
     }
 
-    /// Reads the bytes that the record at `address` names.
+    /// Reads the list of the pages that hold the state's bytes. The record lies at `address`.
     ///
     /// # Errors
-    /// [`Malformed`] if the list is broken or the sum is another one.
-    pub fn read_bytes(&self, memory: &(impl Memory + ?Sized), address: u64) -> Result<Vec<u8>, Malformed> {
-        let bytes = List::read(memory, &self.list)?.read_bytes(memory, self.len_bytes)?;
+    /// [`Malformed`] if the list is broken, or counts other pages than the bytes take.
+    pub fn read_list(&self, memory: &(impl Memory + ?Sized), address: u64) -> Result<List, Malformed> {
+        let place = Place::new(FORMAT.compatible, address);
+        let pages = self.len_bytes.div_ceil(PAGE_SIZE);
+        place.expect("list.total_pages", self.list.total_pages.get().into(), pages)?;
+        List::read(memory, &self.list)
+    }
+
+    /// Reads the bytes that lie in the pages of `list`, which is the [list](Self::read_list) of the record at
+    /// `address`.
+    ///
+    /// # Errors
+    /// [`Malformed`] if they are not there or their sum is another one.
+    pub fn read_bytes(
+        &self,
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        list: &List,
+    ) -> Result<Vec<u8>, Malformed> {
+        let bytes = list.read_bytes(memory, self.len_bytes)?;
         let computed = checksum(&[&bytes]);
         if computed != self.checksum {
             let stored = self.checksum;
@@ -119,5 +137,53 @@ impl StateRecord {
             return Err(place.bad("checksum", Problem::Checksum { stored, computed }));
         }
         Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use super::*;
+
+    /// The record at page 1, a chunk at 2, one page of data at 3.
+    fn memory(record: &StateRecord) -> Vec<u8> {
+        let mut memory = vec![0; 4 * 4096];
+        let bytes = record.encode();
+        memory[4096..][..bytes.len()].copy_from_slice(&bytes);
+        memory[2 * 4096 + 8..][..8].copy_from_slice(&(3 * 4096u64).to_le_bytes());
+        memory[3 * 4096..].fill(7);
+        memory
+    }
+
+    fn record(len_bytes: usize) -> StateRecord {
+        StateRecord {
+            identity: Identity::new([1; 16]),
+            name: StateName::literal("vcpu0"),
+            epoch: 2,
+            checksum: checksum(&[&vec![7; len_bytes]]),
+            len_bytes: len_bytes as u64,
+            list: Descriptor::plain(2 * 4096, 1),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        for len in [1, 4096] {
+            let (memory, record) = (memory(&record(len)), record(len));
+            assert_eq!(StateRecord::read(&memory, 4096).unwrap(), record);
+            let list = record.read_list(&memory, 4096).unwrap();
+            assert_eq!(record.read_bytes(&memory, 4096, &list).unwrap(), vec![7; len]);
+        }
+    }
+
+    #[test]
+    fn a_list_that_counts_other_pages_than_the_bytes_take_is_refused_unread() {
+        for (len, total_pages) in [(0, 1), (1, 2), (1, u32::MAX), (4097, 1)] {
+            // There is no chunk: who looked for it would name that.
+            let list = Descriptor::plain(1 << 40, total_pages);
+            let record = StateRecord { list, ..record(len) };
+            assert_eq!(record.read_list(&memory(&record), 4096).unwrap_err().field, "list.total_pages");
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! A [`Descriptor`] of 16 bytes names the first *chunk*; a chunk is a page that names 511 blocks and the
 //! next chunk. A zero address ends a chunk's list early.
 
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
 use pages::Order;
@@ -21,8 +22,10 @@ use zerocopy::little_endian::U64;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::NoMemory;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::holds;
 
 /// Flag: plain vmalloc memory. What we write.
 pub const PLAIN: u16 = 1;
@@ -97,8 +100,9 @@ impl List {
     /// Reads the list behind `descriptor`.
     ///
     /// # Errors
-    /// [`Malformed`] for an unknown order, a chunk or block that cannot be, or blocks that are not exactly
-    /// the pages that the descriptor counts. Work is bounded by that count, and the count by what is there.
+    /// [`Malformed`] for an unknown order, a chunk that was met before, a block that is not there, or blocks that
+    /// are not exactly the pages that the descriptor counts. Work is bounded by that count, and the count by the
+    /// pages that there are.
     pub fn read(memory: &(impl Memory + ?Sized), descriptor: &Descriptor) -> Result<Self, Malformed> {
         let mut list = Self::default();
         let place = Place::new(FORMAT, descriptor.first.get());
@@ -106,13 +110,21 @@ impl List {
         if descriptor.is_empty() {
             return place.expect("total_pages", total, 0).map(|()| list);
         }
+        let runs = memory.runs();
+        let limit: u64 = runs.iter().map(|run| run.len_pages()).sum();
+        if total > limit {
+            return Err(place.bad("total_pages", Problem::TooLarge { found: total, limit }));
+        }
         let order = Order::new(descriptor.order.get().into())
             .map_err(|_| place.bad("order", Problem::Unknown { found: descriptor.order.get().into() }))?;
         let mut next = descriptor.first.get();
         let mut pages = 0u64;
+        let mut seen = BTreeSet::new();
         while next != 0 {
             let place = Place::new(FORMAT, place.page_address("next", next)?);
-            // Every chunk but the last is full, so a list that goes round is over its count soon.
+            if !seen.insert(next) {
+                return Err(place.bad("next", Problem::Repeated { found: next }));
+            }
             if !list.chunks.is_empty() && !list.blocks.len().is_multiple_of(CHUNK_BLOCKS) {
                 return Err(place.bad("next", Problem::Structure("follows a chunk that is not full")));
             }
@@ -124,10 +136,11 @@ impl List {
                     return Err(place.bad("blocks", Problem::TooLarge { found: pages, limit: total }));
                 }
                 let start = Pfn::at(place.page_address("blocks", block)?);
-                let range = start.and_then(|start| PageRange::block(start, order));
-                list.blocks.push(
-                    range.map_err(|_| place.bad("blocks", Problem::TooLarge { found: block, limit: 0 }))?,
-                );
+                let range = start.and_then(|start| PageRange::block(start, order)).ok();
+                let none =
+                    NoMemory { address: block, len_bytes: order.len_pages().saturating_mul(PAGE_SIZE) };
+                let range = range.filter(|range| holds(&runs, *range));
+                list.blocks.push(range.ok_or_else(|| place.bad("blocks", Problem::Unreadable(none)))?);
             }
             next = chunk.next.get();
             if list.blocks.is_empty() && next != 0 {
@@ -219,12 +232,37 @@ mod tests {
 
     #[test]
     fn a_list_that_goes_round_ends_with_an_error() {
-        let (mut memory, mut descriptor) = memory(511);
-        memory[PAGE_BYTES..PAGE_BYTES + 8].copy_from_slice(&PAGE_SIZE.to_le_bytes());
-        descriptor.total_pages = u32::MAX.into();
-        descriptor.order = 9.into();
-        assert!(List::read(&memory, &descriptor).is_err());
+        let (mut memory, mut descriptor) = memory(511 * 3);
+        descriptor.total_pages = 1500.into();
+        for next in [PAGE_SIZE, 2 * PAGE_SIZE] {
+            memory[2 * PAGE_BYTES..2 * PAGE_BYTES + 8].copy_from_slice(&next.to_le_bytes());
+            let error = List::read(&memory, &descriptor).unwrap_err();
+            assert_eq!((error.field, error.problem), ("next", Problem::Repeated { found: next }));
+        }
         memory[PAGE_BYTES + 8..2 * PAGE_BYTES].fill(0);
         assert_eq!(List::read(&memory, &descriptor).unwrap_err().field, "next");
+    }
+
+    #[test]
+    fn a_count_of_more_pages_than_there_are_is_refused_before_the_first_chunk() {
+        let (memory, mut descriptor) = memory(20);
+        // There is no chunk: who looked for it would name that.
+        descriptor.first = (1u64 << 40).into();
+        descriptor.total_pages = u32::MAX.into();
+        let error = List::read(&memory, &descriptor).unwrap_err();
+        let problem = Problem::TooLarge { found: u32::MAX.into(), limit: 120 };
+        assert_eq!((error.field, error.problem), ("total_pages", problem));
+    }
+
+    #[test]
+    fn a_block_that_is_not_there_is_refused() {
+        let last = 119 * PAGE_SIZE;
+        for (block, order) in [(1 << 40, 0u16), (u64::MAX - 4095, 0), (last - 3 * PAGE_SIZE, 3), (last, 1)] {
+            let (mut memory, mut descriptor) = memory(20);
+            descriptor.order = order.into();
+            memory[PAGE_BYTES + 8..][..8].copy_from_slice(&block.to_le_bytes());
+            let error = List::read(&memory, &descriptor).unwrap_err();
+            assert!(matches!((error.field, error.problem), ("blocks", Problem::Unreadable(_))), "{block:#x}");
+        }
     }
 }

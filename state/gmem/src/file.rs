@@ -1,5 +1,6 @@
 //! One VM object's view of guest memory.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use abi::gmem::MemoryName;
@@ -94,6 +95,9 @@ impl GmemFile {
 
     /// Shows pages of the memory to the guest, as a new slot of its VM.
     ///
+    /// The VM object that made a guest_memfd has its slot bound to the file; for every other one, and for every other
+    /// store, the mapping is plain memory.
+    ///
     /// # Errors
     /// [`BindError`]; then nothing changed.
     pub fn bind(&mut self, slots: &mut MemorySlots<Arc<Mapping>>, binding: Binding) -> Result<(), BindError> {
@@ -106,16 +110,15 @@ impl GmemFile {
         if let Some(other) = taken {
             return Err(BindError::Bound { name, offset_bytes: binding.offset_bytes, slot: other.slot });
         }
-        slots
-            .add(
-                binding.slot,
-                binding.guest_address,
-                self.inode.mapping(),
-                binding.offset_bytes,
-                binding.len_bytes,
-                SlotFlags::default(),
-            )
-            .map_err(|source| BindError::Slot { name, source })?;
+        let Binding { slot, guest_address, offset_bytes, len_bytes } = binding;
+        let mapping = self.inode.mapping();
+        let added = if self.inode.is_made_by(slots.vm()) {
+            let file = kvm::Binding { guest_memfd: mapping.region().as_fd(), offset_bytes };
+            slots.add_bound(slot, guest_address, mapping, offset_bytes, len_bytes, file)
+        } else {
+            slots.add(slot, guest_address, mapping, offset_bytes, len_bytes, SlotFlags::default())
+        };
+        added.map_err(|source| BindError::Slot { name, source })?;
         self.bindings.push(binding);
         Ok(())
     }

@@ -7,6 +7,7 @@ use abi::gmem::MemoryName;
 use region::Mapping;
 use region::PageSize;
 use region::RegionError;
+use region::Store;
 use region::WarmError;
 use thiserror::Error;
 use uffd::Hold;
@@ -35,16 +36,29 @@ pub enum Held {
     Whole,
     /// By userfaultfd: who faults on a hole waits until the freeze ends.
     Userfaultfd,
-    /// This process has no right to userfaultfd, so all holes were filled first.
+    /// This process has no right to userfaultfd, or it is a guest_memfd, whose faults nobody can hold: all holes were
+    /// filled first.
     Prefaulted,
 }
 
-/// Why memory was not frozen. It is as it was.
+/// Why memory was not frozen. It is as it was, but for holes that were filled.
 #[derive(Debug, Error)]
 pub enum FreezeError {
     /// It is not known how many pages there are.
     #[error("cannot tell whether guest memory {name} has holes")]
     Region {
+        /// The memory.
+        name: MemoryName,
+        /// Why.
+        #[source]
+        source: RegionError,
+    },
+    /// There is no memory for the holes of a guest_memfd.
+    #[error(
+        "cannot fill the holes of guest memory {name}, which is the one way to freeze a guest_memfd: leave the host more \
+         memory, or have the memory filled when the machine is made"
+    )]
+    Fill {
         /// The memory.
         name: MemoryName,
         /// Why.
@@ -120,9 +134,12 @@ impl Inode {
     fn hold_faults(&self, gate: &mut Gate) -> Result<Held, FreezeError> {
         let name = self.name();
         let region = self.mapping().region();
-        let present = region.allocated_bytes().map_err(|source| FreezeError::Region { name, source })?;
-        if present >= self.size_bytes() {
+        if region.is_whole().map_err(|source| FreezeError::Region { name, source })? {
             return Ok(Held::Whole);
+        }
+        if region.store() == Store::GuestMemfd {
+            let filled = region.fill().map_err(|source| FreezeError::Fill { name, source });
+            return filled.map(|()| Held::Prefaulted);
         }
         let Ok(uffd) = Uffd::open() else {
             let warmed = self.mapping().warm(PageSize::Small, &mut |_, _| {});

@@ -146,6 +146,8 @@ impl Handler for GmemHandler {
 
     fn retrieve(&self, context: &mut Context<'_>, data: u64) -> Result<File, HandlerError> {
         let record = self.read(context, data)?;
+        let adopted = context.kho.adopt_record(&FORMAT, data);
+        adopted.map_err(|error| HandlerError::new(Errno::EINVAL, error))?;
         let arena = context.kho.identity();
         if record.identity != arena {
             let record = record.identity;

@@ -22,17 +22,22 @@
 //! mapping, made inside the gate. A hole cannot be faulted in while a freeze stands, whether by a vCPU or by
 //! a thread of this process; another process that holds the region's descriptor is not bound.
 //!
+//! Where userfaultfd cannot hold faults, there is nothing to hold: hugetlb memory has no holes, and those of a
+//! [guest_memfd](GuestMemfd) are filled inside the gate, as they are where this process has no right to userfaultfd.
+//!
 //! Not here: mapping and warming (`region`), memory slots of KVM (`kvm`), crossing to another process
 //! (carriers).
 #![forbid(unsafe_code)]
 
 mod file;
 mod freeze;
+mod guest_memfd;
 mod handler;
 
 use std::sync::Arc;
 use std::sync::PoisonError;
 use std::sync::RwLock;
+use std::sync::Weak;
 
 use abi::gmem::MemoryName;
 use abi::vm::Identity;
@@ -44,11 +49,14 @@ pub use freeze::Freeze;
 pub use freeze::FreezeError;
 use freeze::Gate;
 pub use freeze::Held;
+pub use guest_memfd::GuestMemfd;
 pub use handler::GmemHandler;
+use kvm::kvm_ioctls::VmFd;
 use luo::FileId;
 use pages::PageRange;
 use region::Mapping;
 use region::RegionError;
+use region::Store;
 use thiserror::Error;
 
 /// Guest memory: bytes in a region of its own, and the machine that they belong to.
@@ -60,6 +68,9 @@ pub struct Inode {
     flags: u64,
     frames: PageRange,
     mapping: Arc<Mapping>,
+    /// The VM object that made the file, if it is a guest_memfd and this process had it made. It is not kept alive by
+    /// this, only not mistaken for another one.
+    maker: Option<Weak<VmFd>>,
     gate: RwLock<Gate>,
 }
 
@@ -107,8 +118,38 @@ impl Inode {
         frames: PageRange,
         flags: u64,
     ) -> Arc<Self> {
+        Arc::new(Self::made_by(name, identity, mapping, frames, flags, None))
+    }
+
+    /// As [`Inode::new`], of memory in a mapping of this very [`GuestMemfd`], with whose flags it goes. The VM object
+    /// that made it is known for as long as this process lives, and its slots are bound to the file.
+    pub fn of_guest_memfd(
+        name: MemoryName,
+        identity: Identity,
+        mapping: Arc<Mapping>,
+        frames: PageRange,
+        file: &GuestMemfd,
+    ) -> Arc<Self> {
+        let maker = Some(Weak::clone(file.maker()));
+        Arc::new(Self::made_by(name, identity, mapping, frames, file.flags(), maker))
+    }
+
+    fn made_by(
+        name: MemoryName,
+        identity: Identity,
+        mapping: Arc<Mapping>,
+        frames: PageRange,
+        flags: u64,
+        maker: Option<Weak<VmFd>>,
+    ) -> Self {
         let gate = RwLock::default();
-        Arc::new(Self { id: FileId::fresh(), name, identity, flags, frames, mapping, gate })
+        Self { id: FileId::fresh(), name, identity, flags, frames, mapping, maker, gate }
+    }
+
+    /// Whether its file is a guest_memfd that this VM object made.
+    pub fn is_made_by(&self, vm: &Arc<VmFd>) -> bool {
+        // A `Weak` keeps its place in memory, so no other VM object can have the same.
+        self.maker.as_ref().is_some_and(|maker| maker.as_ptr() == Arc::as_ptr(vm))
     }
 
     /// What the VMM calls it.
@@ -153,9 +194,26 @@ impl Inode {
     /// Gives pages back; they read as zero from now on.
     ///
     /// # Errors
-    /// [`ChangeError`]
+    /// [`ChangeError`]; hugetlb memory gives none back.
     pub fn punch(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), ChangeError> {
         self.change(offset_bytes, len_bytes, |inode| inode.mapping.region().punch(offset_bytes, len_bytes))
+    }
+
+    /// Makes every byte zero, as in new memory: for a guest that boots again. Pages are given back, but for those of
+    /// hugetlb memory, which are written.
+    ///
+    /// # Errors
+    /// [`ChangeError`]
+    pub fn clear(&self) -> Result<(), ChangeError> {
+        let size_bytes = self.size_bytes();
+        self.change(0, size_bytes, |inode| match inode.mapping.region().store() {
+            Store::Hugetlb => {
+                // All of the mapping is in it.
+                let _ = inode.mapping.write_zeros(0, size_bytes);
+                Ok(())
+            }
+            Store::Memfd | Store::GuestMemfd => inode.mapping.region().punch(0, size_bytes),
+        })
     }
 
     fn change(

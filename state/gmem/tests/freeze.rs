@@ -29,7 +29,7 @@ fn inode(size_bytes: u64) -> Arc<Inode> {
 }
 
 fn present_bytes(inode: &Inode) -> u64 {
-    inode.mapping().region().allocated_bytes().unwrap()
+    inode.mapping().region().allocated_bytes().unwrap().unwrap()
 }
 
 /// Waits until `is` says so.

@@ -79,7 +79,7 @@ fn memory_is_retrieved_as_it_was_preserved() {
     first.publish(&mut kho).unwrap();
 
     let mut kho = Kho::attach(Box::new(arena.clone())).unwrap();
-    let mut second = Luo::attach(&kho, handlers(&arena, vec![])).unwrap();
+    let mut second = Luo::attach(&mut kho, handlers(&arena, vec![])).unwrap();
     let retrieved = inode_of(second.retrieve(&mut kho, SESSION, RAM).unwrap());
     assert_eq!(retrieved.name(), inode.name());
     assert_eq!(retrieved.identity(), inode.identity());
@@ -99,7 +99,7 @@ fn one_memory_has_one_inode_however_often_it_is_retrieved() {
     first.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap();
     first.publish(&mut kho).unwrap();
     let mut kho = Kho::attach(Box::new(arena.clone())).unwrap();
-    let mut second = Luo::attach(&kho, handlers(&arena, vec![Arc::clone(&inode)])).unwrap();
+    let mut second = Luo::attach(&mut kho, handlers(&arena, vec![Arc::clone(&inode)])).unwrap();
     let retrieved = inode_of(second.retrieve(&mut kho, SESSION, RAM).unwrap());
     assert!(Arc::ptr_eq(&retrieved, &inode), "the one in use, so that its freeze is a freeze of both");
 }
@@ -172,7 +172,7 @@ fn finish(retrieve: bool) {
     first.publish(&mut kho).unwrap();
 
     let mut kho = Kho::attach(Box::new(arena.clone())).unwrap();
-    let mut second = Luo::attach(&kho, handlers(&arena, vec![])).unwrap();
+    let mut second = Luo::attach(&mut kho, handlers(&arena, vec![])).unwrap();
     let file = retrieve.then(|| second.retrieve(&mut kho, SESSION, RAM).unwrap());
     let finished = second.finish(&mut kho, SESSION).unwrap();
     assert_eq!(finished.unclaimed, if retrieve { vec![] } else { vec![RAM] });

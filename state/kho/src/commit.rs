@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 
 use abi::NoMemory;
+use abi::arena::MAX_GENERATION;
 use abi::arena::RootSlot;
 use abi::kho::RootFdt;
 use abi::kho::TooManySubtrees;
@@ -15,7 +16,6 @@ use abi::radix::Key;
 use abi::radix::LEAF_BITS;
 use abi::radix::LEVELS;
 use abi::radix::Node;
-use abi::radix::SLOTS;
 use abi::radix::TABLE_BITS;
 use abi::radix::WORDS;
 use pages::Order;
@@ -39,6 +39,12 @@ pub enum CommitError {
     /// Region 0 is smaller than its header says.
     #[error("cannot write the arena")]
     NoMemory(#[source] NoMemory),
+    /// The published tree has the highest number that one can have.
+    #[error("no generation follows {generation:#x}")]
+    Generation {
+        /// The published tree's.
+        generation: u64,
+    },
 }
 
 /// A tree being built: frames for what is new, and what will be left behind.
@@ -116,15 +122,16 @@ impl Kho {
         }
     }
 
-    /// Slots and addresses of a table's children in the next tree.
+    /// Slots and addresses of a table's children in the next tree, in no order.
     fn children(&self, draft: &Draft, (level, prefix): NodeName) -> impl Iterator<Item = (usize, u64)> {
-        let below = level - 1;
-        (0..SLOTS).zip(prefix << TABLE_BITS..).filter_map(move |(slot, child)| {
-            let place = match draft.nodes.get(&(below, child)) {
-                Some(place) => *place,
-                None => self.nodes.get(&(below, child)).copied(),
-            };
-            place.map(|address| (slot, address))
+        let (below, first) = (level - 1, prefix << TABLE_BITS);
+        let range = (below, first)..(below, first + (1 << TABLE_BITS));
+        let published = self.nodes.range(range.clone()).map(|(name, address)| (*name, Some(*address)));
+        let kept = published.filter(move |(name, _)| !draft.nodes.contains_key(name));
+        let new = draft.nodes.range(range).map(|(name, place)| (*name, *place));
+        kept.chain(new).filter_map(move |((_, child), place)| {
+            // A table has 512 slots.
+            Some((usize::try_from(child - first).ok()?, place?))
         })
     }
 
@@ -158,6 +165,9 @@ impl Kho {
 
     /// Writes everything but the slot, then the slot.
     fn write(&mut self, draft: &Draft, fdt: u64) -> Result<RootSlot, CommitError> {
+        let generation = self.slot.generation();
+        let next = generation.checked_add(1).filter(|next| *next <= MAX_GENERATION);
+        let slot = RootSlot::new(next.ok_or(CommitError::Generation { generation })?, fdt);
         let replaced = self.replaced(draft);
         for (name, place) in &draft.nodes {
             if let Some(address) = place {
@@ -169,7 +179,6 @@ impl Kho {
         let root = RootFdt { map, subtrees: self.subtrees.clone() };
         let bytes = root.encode().map_err(CommitError::Fdt)?;
         self.memory.write(fdt, &bytes).map_err(CommitError::NoMemory)?;
-        let slot = RootSlot::new(self.slot.generation() + 1, fdt);
         self.memory.order_writes();
         let address = RootSlot::address(slot.generation());
         self.memory.write(address, slot.as_bytes()).map_err(CommitError::NoMemory)?;
@@ -181,6 +190,14 @@ impl Kho {
     fn publish(&mut self, draft: Draft, slot: RootSlot) {
         let replaced = self.replaced(&draft);
         self.set_marks(&replaced, false);
+        for pfn in &replaced {
+            self.own.release(*pfn);
+            self.adopted.release(*pfn);
+        }
+        for pfn in &draft.taken {
+            self.own.take(*pfn);
+            self.adopted.take(*pfn);
+        }
         replaced
             .into_iter()
             .chain(std::mem::take(&mut self.leaving))

@@ -35,13 +35,18 @@ impl Frames {
         self.len - self.taken
     }
 
-    fn is_taken(&self, pfn: u64) -> bool {
+    /// True of a frame that is not there, too.
+    pub(crate) fn is_taken(&self, pfn: Pfn) -> bool {
+        self.is_taken_at(pfn.get())
+    }
+
+    fn is_taken_at(&self, pfn: u64) -> bool {
         let (word, bit) = place(pfn);
         self.words.get(word).is_none_or(|word| word & bit != 0)
     }
 
     fn set(&mut self, pfn: u64, taken: bool) {
-        if pfn >= self.len || self.is_taken(pfn) == taken {
+        if pfn >= self.len || self.is_taken_at(pfn) == taken {
             return;
         }
         let (word, bit) = place(pfn);
@@ -67,7 +72,7 @@ impl Frames {
             if next - start == count {
                 break;
             }
-            if self.is_taken(next) {
+            if self.is_taken_at(next) {
                 start = next + 1;
             }
             next += 1;

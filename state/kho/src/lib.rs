@@ -18,17 +18,19 @@
 
 mod commit;
 mod frames;
+mod metadata;
 mod tree;
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 
 use abi::Malformed;
-use abi::Memory;
 use abi::MemoryMut;
 use abi::NoMemory;
+use abi::Problem;
 use abi::arena::Header;
 use abi::arena::RootSlot;
+use abi::holds;
 use abi::kho::Subtree;
 use abi::kho::SubtreeName;
 use abi::radix::Key;
@@ -42,13 +44,17 @@ use abi::vmalloc::Descriptor;
 use abi::vmalloc::List;
 pub use commit::CommitError;
 use frames::Frames;
+pub use metadata::Metadata;
 use pages::Order;
 use pages::PAGE_BYTES;
 use pages::PAGE_SIZE;
 use pages::PageRange;
 use pages::Pfn;
 use thiserror::Error;
+pub use tree::Root;
 pub use tree::Tree;
+use tree::bad;
+use tree::max_blocks;
 
 /// Memory that a [`Kho`] writes: an arena, or what stands for one in a test.
 pub trait ArenaMemory: MemoryMut + Send + Sync {}
@@ -104,6 +110,18 @@ pub enum PreserveError {
         /// The block in the way.
         other: PageRange,
     },
+    /// They are not all there, or a block of them lies in two regions.
+    #[error("{range:?} is not in the arena's regions")]
+    Absent {
+        /// The frames.
+        range: PageRange,
+    },
+    /// More runs than a reader of the arena puts up with.
+    #[error("guest memory may be preserved in {limit} blocks at most")]
+    TooMany {
+        /// How many blocks.
+        limit: usize,
+    },
     /// They lie in region 0, where the allocator decides.
     #[error("{range:?} lies in region 0")]
     Metadata {
@@ -126,6 +144,10 @@ pub struct Kho {
     identity: Identity,
     /// Frames of region 0: taken are those of the published tree and those given out since.
     frames: Frames,
+    /// Frames of region 0 that are the published tree's: the header's, the FDT's, the nodes'.
+    own: Frames,
+    /// Frames of region 0 of which it is known what they hold: those above, and what was [adopted](Kho::adopt).
+    adopted: Frames,
     /// Frames of region 0 that the published tree holds and the next one will not.
     leaving: Vec<Pfn>,
     /// Frames of region 0 that were given out since the last commit: no reader knows them.
@@ -167,6 +189,8 @@ impl Kho {
             memory,
             identity,
             frames: Frames::new(frames),
+            own: Frames::new(frames),
+            adopted: Frames::new(frames),
             leaving: Vec::new(),
             fresh: BTreeSet::new(),
             blocks: BTreeMap::new(),
@@ -183,13 +207,17 @@ impl Kho {
         Ok(kho)
     }
 
-    /// Takes over the arena in `memory` as its last commit left it.
+    /// Takes over the arena in `memory` as its last commit left it. The frames of the named blobs are
+    /// [adopted](Kho::adopt).
     ///
     /// # Errors
     /// [`Malformed`] if it is none, or its tree breaks a rule of the format or of ours.
     pub fn attach(memory: Box<dyn ArenaMemory>) -> Result<Self, Malformed> {
         let tree = Tree::read(&memory.as_ref())?;
         let mut frames = Frames::new(tree.frames);
+        let mut own = Frames::new(tree.frames);
+        let nodes = tree.nodes.values().copied().chain([tree.slot.fdt()]);
+        nodes.filter_map(|address| Pfn::at(address).ok()).for_each(|pfn| own.take(pfn));
         let mut leaves: BTreeMap<u64, Box<Node>> = BTreeMap::new();
         for key in tree.blocks.values() {
             if key.range().start().get() < tree.frames {
@@ -197,10 +225,12 @@ impl Kho {
             }
             set_bit(&mut leaves, *key, true);
         }
-        Ok(Self {
+        let mut kho = Self {
             memory,
             identity: tree.identity,
             frames,
+            adopted: own.clone(),
+            own,
             leaving: Vec::new(),
             fresh: BTreeSet::new(),
             blocks: tree.blocks,
@@ -209,7 +239,63 @@ impl Kho {
             nodes: tree.nodes,
             subtrees: tree.fdt.subtrees,
             slot: tree.slot,
-        })
+        };
+        for subtree in kho.subtrees.clone() {
+            kho.adopt_blob(&subtree)?;
+        }
+        Ok(kho)
+    }
+
+    fn adopt_blob(&mut self, subtree: &Subtree) -> Result<(), Malformed> {
+        let (first, last) = (subtree.data / PAGE_SIZE, subtree.data.checked_add(subtree.size.max(1) - 1));
+        let range = last.map(|last| last / PAGE_SIZE + 1 - first);
+        let range = range.and_then(|count| PageRange::new(Pfn::new(first).ok()?, count).ok());
+        let none = Problem::TooLarge { found: subtree.size, limit: u64::MAX - subtree.data };
+        self.adopt("kho subtree", range.ok_or_else(|| bad(subtree.data, "blob-size", none))?)
+    }
+
+    /// Says that a structure of `format` was read in these frames of region 0. Whoever reads what an earlier life
+    /// left says so for all that he reads, and before he allocates what it asks for: so the frames of region 0 bound
+    /// both, and none is two things, of which one would be overwritten when the other is given back.
+    ///
+    /// Frames are adopted until they are given back.
+    ///
+    /// # Errors
+    /// [`Malformed`] if one of them is outside region 0, is not preserved, or is something else already. Then none was
+    /// adopted.
+    pub fn adopt(&mut self, format: &'static str, range: PageRange) -> Result<(), Malformed> {
+        let bad = |pfn: Pfn, problem| Malformed { format, address: pfn.address(), field: "frames", problem };
+        if range.end() > self.frames.len() {
+            let none = NoMemory { address: range.start().address(), len_bytes: range.len_bytes() };
+            return Err(bad(range.start(), Problem::Unreadable(none)));
+        }
+        for pfn in range.pages() {
+            if self.adopted.is_taken(pfn) {
+                return Err(bad(pfn, Problem::Structure("are something else, too")));
+            }
+            if !self.blocks.contains_key(&pfn.get()) {
+                return Err(bad(pfn, Problem::Structure("are not preserved")));
+            }
+        }
+        range.pages().for_each(|pfn| self.adopted.take(pfn));
+        Ok(())
+    }
+
+    /// [Adopts](Kho::adopt) the frames of the record of `format` at `address`: those that
+    /// [`free_record`](Kho::free_record) gives back.
+    ///
+    /// # Errors
+    /// [`Malformed`] if it is no such record, or a frame cannot be adopted.
+    pub fn adopt_record(&mut self, format: &Format, address: u64) -> Result<(), Malformed> {
+        self.adopt(format.compatible, record_frames(&self.memory(), format, address)?)
+    }
+
+    /// [Adopts](Kho::adopt) the chunks and blocks of a list.
+    ///
+    /// # Errors
+    /// [`Malformed`] if a frame cannot be adopted; then some may be.
+    pub fn adopt_list(&mut self, list: &List) -> Result<(), Malformed> {
+        list_frames(list).try_for_each(|range| self.adopt("kho_vmalloc", range))
     }
 
     /// Whose arena it is.
@@ -217,9 +303,9 @@ impl Kho {
         self.identity
     }
 
-    /// The arena's memory, to read what was stored.
-    pub fn memory(&self) -> &(dyn Memory + '_) {
-        self.memory.as_ref()
+    /// Region 0, to read what was stored. There is nothing else in it.
+    pub fn memory(&self) -> Metadata<'_> {
+        Metadata::new(self.memory.as_ref(), self.frames.len())
     }
 
     /// Number of the last commit.
@@ -232,13 +318,18 @@ impl Kho {
         self.frames.taken() * PAGE_SIZE
     }
 
+    /// Frames of region 0 that are not in use.
+    pub fn free_frames(&self) -> u64 {
+        self.frames.free()
+    }
+
     /// Gives out `count` frames of region 0 in a row. They are preserved from the next commit on.
     ///
     /// # Errors
     /// [`NoFrames`] if there is no such run.
     pub fn allocate(&mut self, count: u64) -> Result<PageRange, NoFrames> {
         let none = NoFrames { wanted: count, free: self.frames.free(), frames: self.frames.len() };
-        if self.frames.free() < count + COMMIT_RESERVE {
+        if self.frames.free() < count.saturating_add(COMMIT_RESERVE) {
             return Err(none);
         }
         let range = self.frames.take_run(count).ok_or(none)?;
@@ -255,8 +346,9 @@ impl Kho {
         let frames = self.frames.len();
         for pfn in range.pages().take_while(|pfn| pfn.get() < frames) {
             let key = Key::of(pfn, Order::PAGE);
-            if self.blocks.get(&pfn.get()) == Some(&key) && !self.is_own(pfn) {
+            if self.blocks.get(&pfn.get()) == Some(&key) && !self.own.is_taken(pfn) {
                 self.unmark(key);
+                self.adopted.release(pfn);
                 // What no published tree knows can be given out again at once.
                 if self.fresh.remove(&pfn) {
                     self.frames.release(pfn);
@@ -265,11 +357,6 @@ impl Kho {
                 }
             }
         }
-    }
-
-    /// True of the pages of the published tree itself.
-    fn is_own(&self, pfn: Pfn) -> bool {
-        pfn.address() == self.slot.fdt() || self.nodes.values().any(|node| *node == pfn.address())
     }
 
     /// Keeps `bytes` in frames of region 0 in a row, from the start of the first.
@@ -299,8 +386,7 @@ impl Kho {
     /// Gives the frames of the record of `format` at `address` back, as [`Kho::free`] does. What is no such record
     /// keeps its frames: who knows whose they are.
     pub fn free_record(&mut self, format: &Format, address: u64) {
-        let Ok((_, payload)) = format.read(&self.memory.as_ref(), address) else { return };
-        if let Ok(range) = PageRange::of_bytes(address, Format::pages(payload.len() as u64) * PAGE_SIZE) {
+        if let Ok(range) = record_frames(&self.memory(), format, address) {
             self.free(range);
         }
     }
@@ -357,22 +443,31 @@ impl Kho {
     /// # Errors
     /// [`Malformed`] if the list cannot be read; then nothing is given back.
     pub fn free_list(&mut self, descriptor: &Descriptor) -> Result<(), Malformed> {
-        let list = List::read(&self.memory.as_ref(), descriptor)?;
-        let chunks = list.chunks.iter().filter_map(|chunk| Pfn::at(*chunk).ok()).map(PageRange::page);
-        chunks.chain(list.blocks).for_each(|range| self.free(range));
+        let list = List::read(&self.memory(), descriptor)?;
+        list_frames(&list).for_each(|range| self.free(range));
         Ok(())
     }
 
     /// Marks frames outside region 0 as preserved, in the largest blocks that they make.
     ///
     /// # Errors
-    /// [`PreserveError`] if some of them are marked already (a kernel does not notice), or lie in region 0.
+    /// [`PreserveError`] if some of them are marked already (a kernel does not notice), lie in region 0 or in no
+    /// region, or make more blocks than [`Tree::read`] takes.
     pub fn preserve(&mut self, range: PageRange) -> Result<(), PreserveError> {
         if !range.is_empty() && range.start().get() < self.frames.len() {
             return Err(PreserveError::Metadata { range });
         }
         if let Some(other) = self.overlapping(range) {
             return Err(PreserveError::Overlap { range, other });
+        }
+        let runs = self.memory.runs();
+        let blocks = range.blocks().map(|(pfn, order)| Key::of(pfn, order));
+        if blocks.clone().any(|key| !holds(&runs, key.range())) {
+            return Err(PreserveError::Absent { range });
+        }
+        let limit = max_blocks(&runs);
+        if self.blocks.range(self.frames.len()..).count() + blocks.count() > limit {
+            return Err(PreserveError::TooMany { limit });
         }
         range.blocks().for_each(|(pfn, order)| self.mark(Key::of(pfn, order)));
         Ok(())
@@ -428,6 +523,20 @@ impl Kho {
 
 fn zerocopy_bytes(header: &Header) -> &[u8] {
     zerocopy::IntoBytes::as_bytes(header)
+}
+
+/// The frames that a record takes.
+fn record_frames(memory: &Metadata<'_>, format: &Format, address: u64) -> Result<PageRange, Malformed> {
+    let (_, payload) = format.read(memory, address)?;
+    let len_bytes = Format::pages(payload.len() as u64) * PAGE_SIZE;
+    let none = |_| bad(address, "address", Problem::Unreadable(NoMemory { address, len_bytes }));
+    PageRange::of_bytes(address, len_bytes).map_err(none)
+}
+
+/// The frames that a list takes.
+fn list_frames(list: &List) -> impl Iterator<Item = PageRange> {
+    let chunks = list.chunks.iter().filter_map(|chunk| Pfn::at(*chunk).ok()).map(PageRange::page);
+    chunks.chain(list.blocks.iter().copied())
 }
 
 /// Sets or clears a key's bit; gives the prefix of its leaf.

@@ -7,20 +7,49 @@ use std::sync::Mutex;
 use abi::Memory;
 use abi::MemoryMut;
 use abi::NoMemory;
+use abi::arena::MAX_GENERATION;
+use abi::arena::RootSlot;
 use abi::kho::Subtree;
 use abi::kho::SubtreeName;
 use abi::vm::Identity;
 use abi::vmalloc::List;
 use pages::PageRange;
 use proptest::prelude::*;
+use tideover_kho::CommitError;
 use tideover_kho::Kho;
 use tideover_kho::Tree;
+use zerocopy::IntoBytes;
 
 const FRAMES: u64 = 256;
 
+/// Region 0 as bytes, and guest memory without any up to frame 2³¹: 64 regions.
+#[derive(Clone, Default)]
+struct Image(Vec<u8>);
+
+impl Memory for Image {
+    fn read(&self, address: u64, into: &mut [u8]) -> Result<(), NoMemory> {
+        self.0.read(address, into)
+    }
+
+    fn runs(&self) -> Vec<PageRange> {
+        let starts = [0, FRAMES].into_iter().chain((1..64).map(|region| region << 25));
+        let ends = [FRAMES].into_iter().chain((1..=64).map(|region| region << 25));
+        let run = |(start, end)| PageRange::new(pages::Pfn::new(start).unwrap(), end - start).unwrap();
+        starts.zip(ends).map(run).collect()
+    }
+}
+
+impl MemoryMut for Image {
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), NoMemory> {
+        self.0.write(address, bytes)
+    }
+
+    fn order_writes(&mut self) {}
+}
+
 #[derive(Default)]
 struct Recorded {
-    bytes: Vec<u8>,
+    bytes: Image,
     writes: Vec<(u64, Vec<u8>)>,
 }
 
@@ -30,11 +59,11 @@ struct Recorder(Arc<Mutex<Recorded>>);
 
 impl Recorder {
     fn new(frames: u64) -> Self {
-        let bytes = vec![0; usize::try_from(frames * 4096).unwrap()];
+        let bytes = Image(vec![0; usize::try_from(frames * 4096).unwrap()]);
         Self(Arc::new(Mutex::new(Recorded { bytes, writes: Vec::new() })))
     }
 
-    fn snapshot(&self) -> Vec<u8> {
+    fn snapshot(&self) -> Image {
         let mut recorded = self.0.lock().unwrap();
         recorded.writes.clear();
         recorded.bytes.clone()
@@ -48,6 +77,10 @@ impl Recorder {
 impl Memory for Recorder {
     fn read(&self, address: u64, into: &mut [u8]) -> Result<(), NoMemory> {
         self.0.lock().unwrap().bytes.read(address, into)
+    }
+
+    fn runs(&self) -> Vec<PageRange> {
+        self.0.lock().unwrap().bytes.runs()
     }
 }
 
@@ -68,7 +101,7 @@ fn formatted() -> (Recorder, Kho) {
 }
 
 /// Calls `check` with the memory after every prefix of the writes, cut at every 8 bytes.
-fn replay(mut memory: Vec<u8>, writes: &[(u64, Vec<u8>)], mut check: impl FnMut(&Vec<u8>)) {
+fn replay(mut memory: Image, writes: &[(u64, Vec<u8>)], mut check: impl FnMut(&Image)) {
     check(&memory);
     for (address, bytes) in writes {
         for (word, part) in bytes.chunks(8).enumerate() {
@@ -82,7 +115,7 @@ fn replay(mut memory: Vec<u8>, writes: &[(u64, Vec<u8>)], mut check: impl FnMut(
 }
 
 /// All that a tree says, but for where it lies.
-fn content(memory: &Vec<u8>) -> (Vec<PageRange>, Vec<Vec<u8>>) {
+fn content(memory: &Image) -> (Vec<PageRange>, Vec<Vec<u8>>) {
     let tree = Tree::read(memory).expect("a whole tree");
     let guest = tree.blocks.values().map(|key| key.range()).filter(|range| range.start().get() >= FRAMES);
     let blobs = tree.fdt.subtrees.iter().map(|subtree| {
@@ -251,14 +284,68 @@ fn a_commit_that_finds_no_room_leaves_the_old_tree_and_can_be_tried_again() {
 }
 
 #[test]
+fn after_the_last_generation_a_commit_is_refused_and_the_last_tree_stays() {
+    let (mut memory, mut kho) = formatted();
+    blob(&mut kho, "blob", b"first");
+    kho.commit().unwrap();
+    let before_last = RootSlot::new(MAX_GENERATION - 1, RootSlot::read(&memory).unwrap().fdt());
+    memory.write(RootSlot::address(MAX_GENERATION - 1), before_last.as_bytes()).unwrap();
+    let mut kho = Kho::attach(Box::new(memory.clone())).unwrap();
+    blob(&mut kho, "blob", b"last");
+    kho.commit().unwrap();
+    let last = content(&memory.snapshot());
+    blob(&mut kho, "blob", b"one more");
+    assert_eq!(kho.commit(), Err(CommitError::Generation { generation: MAX_GENERATION }));
+    assert_eq!(content(&memory.snapshot()), last);
+    let used = kho.used_bytes();
+    assert!(kho.commit().is_err());
+    assert_eq!(kho.used_bytes(), used, "what it had taken is free again");
+}
+
+#[test]
 fn frames_of_region_0_are_the_allocators() {
-    let (_, mut kho) = formatted();
+    let (memory, mut kho) = formatted();
     let inside = PageRange::of_bytes(8 * 4096, 4096).unwrap();
     assert!(kho.preserve(inside).is_err());
+    // Its nodes are not written anew by the next commit.
+    kho.preserve(PageRange::of_bytes(1 << 30, 1 << 30).unwrap()).unwrap();
+    kho.commit().unwrap();
     let used = kho.used_bytes();
     kho.free(PageRange::of_bytes(0, FRAMES * 4096 * 2).unwrap());
     kho.commit().unwrap();
     assert_eq!(kho.used_bytes(), used, "the tree's own pages are not given back");
+    assert!(Tree::read(&memory.snapshot()).is_ok());
+}
+
+#[test]
+fn a_node_that_is_empty_is_in_no_table_of_the_next_tree() {
+    let (memory, mut kho) = formatted();
+    let nodes = || Tree::read(&memory.snapshot()).unwrap().nodes;
+    let fresh = nodes().len();
+    // The first two are in one leaf; the third is in another below the same table, the last one far away.
+    let page = |pfn: u64| PageRange::page(pages::Pfn::new(pfn).unwrap());
+    let held = [page(1 << 20), page((1 << 20) + 1), page((1 << 20) + (1 << 15)), page(1 << 30)];
+    for range in held {
+        kho.preserve(range).unwrap();
+    }
+    kho.commit().unwrap();
+    let mut left = content(&memory.snapshot()).0;
+    assert_eq!(left, held);
+    for (range, fewer) in held.into_iter().zip([0, 1, 1, 2]) {
+        let before = nodes().len();
+        kho.unpreserve(range).unwrap();
+        kho.commit().unwrap();
+        left.retain(|other| *other != range);
+        assert_eq!(content(&memory.snapshot()).0, left);
+        assert_eq!(before - nodes().len(), fewer, "{range:?}");
+        // What is given up is written over by the next commits; nobody may look for a node there.
+        for round in 0..8u8 {
+            blob(&mut kho, "blob", &[round; 64]);
+            kho.commit().unwrap();
+            assert_eq!(content(&memory.snapshot()).0, left);
+        }
+    }
+    assert_eq!(nodes().len(), fresh);
 }
 
 #[test]

@@ -155,16 +155,21 @@ impl Luo {
         }
     }
 
-    /// Takes over what the life before published: its sessions are incoming here.
+    /// Takes over what the life before published: its sessions are incoming here. Their pages are
+    /// [adopted](Kho::adopt); the files' own structures are so once they are retrieved.
     ///
     /// # Errors
     /// [`AttachError`] if there is none, it is malformed, or a file is of an unknown kind.
-    pub fn attach(kho: &Kho, handlers: Handlers) -> Result<Self, AttachError> {
+    pub fn attach(kho: &mut Kho, handlers: Handlers) -> Result<Self, AttachError> {
         let subtree = kho.subtree(&SUBTREE).ok_or(AttachError::Missing)?;
         let read =
             wire::Luo::read(&kho.memory(), subtree.data, subtree.size).map_err(AttachError::Malformed)?;
         let page = |address: &u64| PageRange::of_bytes(*address, PAGE_SIZE).ok();
-        let pages = read.pages.iter().filter_map(page).collect();
+        let pages: Vec<PageRange> = read.pages.iter().filter_map(page).collect();
+        // The first is the subtree's own.
+        for page in pages.iter().skip(1) {
+            kho.adopt(wire::COMPATIBLE, *page).map_err(AttachError::Malformed)?;
+        }
         let incoming =
             read.sessions.iter().map(|session| Ok((session.name, Incoming::new(session, &handlers)?)));
         let incoming = incoming.collect::<Result<_, _>>()?;

@@ -34,7 +34,7 @@ fn invalid(why: Mismatch) -> HandlerError {
     HandlerError::new(Errno::EINVAL, why)
 }
 
-fn check_identity(context: &Context<'_>, record: Identity) -> Result<(), HandlerError> {
+pub(crate) fn check_identity(context: &Context<'_>, record: Identity) -> Result<(), HandlerError> {
     let arena = context.kho.identity();
     if record == arena { Ok(()) } else { Err(invalid(Mismatch::Identity { record, arena })) }
 }
@@ -99,6 +99,8 @@ impl Handler for VmHandler {
     fn retrieve(&self, context: &mut Context<'_>, data: u64) -> Result<File, HandlerError> {
         let record = VmRecord::read(&context.kho.memory(), data);
         let record = record.map_err(|error| HandlerError::new(Errno::EINVAL, error))?;
+        let adopted = context.kho.adopt_record(&vm::FORMAT, data);
+        adopted.map_err(|error| HandlerError::new(Errno::EINVAL, error))?;
         check_identity(context, record.identity)?;
         Ok(VmFile::new(record))
     }
@@ -230,10 +232,14 @@ impl Handler for StateHandler {
         let malformed = |error| HandlerError::new(Errno::EINVAL, error);
         let record = StateRecord::read(&context.kho.memory(), data).map_err(malformed)?;
         check_identity(context, record.identity)?;
+        context.kho.adopt_record(&state::FORMAT, data).map_err(malformed)?;
+        // Before the bytes are gathered: no two states are made of the same frames.
+        let list = record.read_list(&context.kho.memory(), data).map_err(malformed)?;
+        context.kho.adopt_list(&list).map_err(malformed)?;
         if record.epoch == NOTHING_SAVED {
             return Ok(StateFile::new(record.name, None));
         }
-        let bytes = record.read_bytes(&context.kho.memory(), data).map_err(malformed)?;
+        let bytes = record.read_bytes(&context.kho.memory(), data, &list).map_err(malformed)?;
         Ok(StateFile::new(record.name, Some(Saved { epoch: record.epoch, bytes })))
     }
 

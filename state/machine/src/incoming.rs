@@ -1,6 +1,7 @@
 //! The machine while another process runs it, or did.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use abi::arena::OwnershipWord;
 use abi::luo::SessionName;
 use abi::regions;
 use abi::regions::RegionEntry;
+use abi::regions::RegionTable;
 use abi::state::StateName;
 use abi::vm::Identity;
 use gmem::Inode;
@@ -20,10 +22,10 @@ use luo::File;
 use luo::Luo;
 use luo::Token;
 use pages::PAGE_SIZE;
-use pages::PageRange;
 use region::Arena;
 use region::Mapping;
 use region::OutOfRange;
+use region::PageSize;
 use region::Region;
 use region::RegionError;
 use region::liveness;
@@ -33,6 +35,9 @@ use thiserror::Error;
 
 use crate::CreateError;
 use crate::Nonce;
+use crate::foreign::FdError;
+use crate::foreign::FdFile;
+use crate::foreign::Fds;
 use crate::handlers::StateFile;
 use crate::handlers::VmFile;
 use crate::layout;
@@ -89,6 +94,14 @@ pub enum AttachError {
         /// In truth, in bytes.
         came: u64,
     },
+    /// A region has pages of a size that this version does not know.
+    #[error("region {index} has pages of {told} bytes, which this version does not know")]
+    PageSize {
+        /// Its number.
+        index: usize,
+        /// In the region table, in bytes.
+        told: u64,
+    },
     /// A region is another file than the one that the metadata tells of: another machine's, or out of order.
     #[error("region {index} is the file {came}, the metadata says {told}")]
     File {
@@ -116,6 +129,9 @@ pub enum AttachError {
         /// The token.
         token: Token,
     },
+    /// The descriptors that came beside the regions are not those of the session.
+    #[error("the descriptors that go with the machine are not those of its session")]
+    Fds(#[source] FdError),
     /// Two tokens name one thing: another one would be lost.
     #[error("{token:?} of session {session} is what another token names already")]
     Repeated {
@@ -138,6 +154,12 @@ pub enum ClaimError {
     /// Its sealed state cannot be read.
     #[error("cannot read the machine's sealed state")]
     Attach(#[source] AttachError),
+    /// Its region table is another than when it was attached: what is mapped here is not what it tells of.
+    #[error("the machine's regions changed while it was handed over")]
+    Regions,
+    /// The descriptors that go with it are others than when it was attached.
+    #[error("the descriptors that go with the machine changed while it was handed over")]
+    Fds,
     /// Nothing was saved for a vCPU or device, or at another instant than this seal's.
     #[error("the state of {name} was not saved at this seal")]
     Stale {
@@ -150,11 +172,13 @@ pub enum ClaimError {
 #[derive(Debug)]
 pub struct Incoming {
     arena: Arena,
-    places: Vec<MemoryPlace>,
+    /// The region table, which the mapped regions were held against.
+    table: Vec<RegionEntry>,
     ownership: Ownership,
     nonce: Nonce,
     alive: LivenessLock,
     parts: Parts,
+    fds: Fds,
 }
 
 /// What a session of a machine holds.
@@ -164,22 +188,24 @@ struct Parts {
     vm: Arc<VmFile>,
     memories: Vec<Arc<Inode>>,
     states: Vec<Arc<StateFile>>,
+    fds: Vec<Arc<FdFile>>,
 }
 
 impl Incoming {
     /// Checks regions that came from another process, and maps them: region 0 first, then the others in the order
-    /// of the region table.
+    /// of the region table. `fds` are the descriptors that go with the machine.
     ///
     /// Guest memory bears no mark of whose it is, since every byte of it is the guest's. Which file it is, by its
     /// inode number, stands in the region table.
     ///
     /// # Errors
     /// [`AttachError`]; then nothing stays mapped, and nothing was written.
-    pub fn attach(offered: Vec<OfferedRegion>) -> Result<Self, AttachError> {
+    pub fn attach(offered: Vec<OfferedRegion>, fds: Vec<OwnedFd>) -> Result<Self, AttachError> {
         let came = offered.len();
         let mut offered = offered.into_iter();
         let first = offered.next().ok_or(AttachError::NoRegions)?;
-        let region0 = accept("metadata", first)?;
+        let region0 = Region::accept("metadata", first.fd, first.len_bytes);
+        let region0 = Arc::new(region0.and_then(Region::map).map_err(AttachError::Region)?);
         // Without, the same pages come one by one, while the guest stands still.
         let _ = region0.prefault_first(layout::HOT_BYTES);
         let word = region0.word(OWNERSHIP_ADDRESS).map_err(AttachError::TooSmall)?;
@@ -190,17 +216,16 @@ impl Incoming {
         }
         check_region(0, &entries[0], &region0)?;
         for ((index, entry), region) in (1..).zip(&entries[1..]).zip(offered) {
-            let mapping = accept("memory", region)?;
+            let mapping = accept(index, entry, region)?;
             check_region(index, entry, &mapping)?;
             // The table was checked for overlap when it was read.
             let _ = arena.place(entry.range, mapping);
         }
-        let place = |entry: &RegionEntry| MemoryPlace { frames: entry.range, page_bytes: entry.page_bytes };
-        let places = entries.iter().map(place).collect();
         let (_, _, parts) = read_session(&arena, Vec::new())?;
+        let fds = Fds::join(&parts.fds, fds).map_err(AttachError::Fds)?;
         let (nonce, alive) =
             machine::hold(region0.region()).map_err(|error| AttachError::Hold(Box::new(error)))?;
-        Ok(Self { arena, places, ownership: Ownership::new(word), nonce, alive, parts })
+        Ok(Self { arena, table: entries, ownership: Ownership::new(word), nonce, alive, parts, fds })
     }
 
     /// The machine's name.
@@ -228,6 +253,11 @@ impl Incoming {
         self.parts.states.iter().map(|state| state.name())
     }
 
+    /// The descriptors that go with the machine. Those that are not taken are closed by the claim.
+    pub fn fds(&mut self) -> &mut Fds {
+        &mut self.fds
+    }
+
     /// The ownership word as it is now.
     ///
     /// # Errors
@@ -251,35 +281,83 @@ impl Incoming {
     pub fn claim(self, sealed: u32) -> Result<Claimed, ClaimError> {
         let claimed = self.ownership.transition(|found| ownership::claim(found, sealed, self.nonce));
         let word = claimed.map_err(ClaimError::Ownership)?;
+        self.read_states(sealed, Way::On { claimed: word })
+    }
+
+    /// Reads the state of a machine that this process sealed as `sealed` before it executed another program, which could
+    /// not run it: the way back, after that program has executed this one again. Nothing is claimed; the word changes
+    /// when the machine [runs](Claimed::run).
+    ///
+    /// # Errors
+    /// [`ClaimError`] if somebody runs the machine by now, or its state cannot be read.
+    pub fn reclaim(self, sealed: OwnershipWord) -> Result<Claimed, ClaimError> {
+        let found =
+            self.ownership.read().map_err(OwnershipError::Malformed).map_err(ClaimError::Ownership)?;
+        ownership::take_back(found, sealed, self.nonce).map_err(|lost| ClaimError::Ownership(lost.into()))?;
+        let nonce = self.nonce;
+        self.read_states(sealed.epoch(), Way::Back { sealed, nonce })
+    }
+
+    fn read_states(self, sealed: u32, way: Way) -> Result<Claimed, ClaimError> {
         let (kho, luo, parts) = read_session(&self.arena, self.parts.memories).map_err(ClaimError::Attach)?;
+        let table = region_table(&self.arena, self.table.len()).map_err(ClaimError::Attach)?;
+        if table != self.table {
+            return Err(ClaimError::Regions);
+        }
+        let places: Vec<MemoryPlace> = table.iter().map(MemoryPlace::of).collect();
+        let records = |fds: &[Arc<FdFile>]| fds.iter().map(|fd| *fd.record()).collect::<Vec<_>>();
+        if records(&parts.fds) != records(&self.parts.fds) {
+            return Err(ClaimError::Fds);
+        }
         let mut states = BTreeMap::new();
         for file in &parts.states {
             let saved = file.saved().take().filter(|saved| saved.epoch == sealed);
             let name = file.name();
             states.insert(name, saved.ok_or(ClaimError::Stale { name })?.bytes);
         }
-        let memories = parts.memories.iter().zip(&self.places[1..]);
+        let memories = parts.memories.iter().zip(&places[1..]);
         let machine = Machine {
             name: parts.name,
             arena: self.arena,
             kho,
             luo,
             ownership: self.ownership,
-            word,
+            word: way.word(),
             vm: parts.vm,
             memories: memories
                 .map(|(inode, place)| Memory {
                     inode: Arc::clone(inode),
                     page_bytes: place.page_bytes,
+                    policy: place.policy,
                     account: None,
                 })
                 .collect(),
-            places: self.places,
+            places,
             states: parts.states,
+            fds: Vec::new(),
             settled: false,
             _alive: self.alive,
         };
-        Ok(Claimed { machine, states })
+        Ok(Claimed { machine, states, way })
+    }
+}
+
+/// How a machine comes to run in this process.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// It was claimed.
+    On { claimed: OwnershipWord },
+    /// It is taken back.
+    Back { sealed: OwnershipWord, nonce: Nonce },
+}
+
+impl Way {
+    /// The word under which this process has it so far.
+    fn word(self) -> OwnershipWord {
+        match self {
+            Self::On { claimed } => claimed,
+            Self::Back { sealed, .. } => sealed,
+        }
     }
 }
 
@@ -288,6 +366,7 @@ impl Incoming {
 pub struct Claimed {
     machine: Machine,
     states: BTreeMap<StateName, Vec<u8>>,
+    way: Way,
 }
 
 impl Claimed {
@@ -305,18 +384,26 @@ impl Claimed {
     /// was received is to be ended by [`Machine::settle`] once it does.
     ///
     /// # Errors
-    /// [`OwnershipError`] if the predecessor took the machine back: the guest must not run here.
+    /// [`OwnershipError`] if the machine is another's by now: the guest must not run here.
     pub fn run(self) -> Result<Machine, OwnershipError> {
         let mut machine = self.machine;
-        let claimed = machine.word;
-        machine.word = machine.ownership.transition(|found| ownership::run(found, claimed))?;
+        machine.word = machine.ownership.transition(|found| match self.way {
+            Way::On { claimed } => ownership::run(found, claimed),
+            Way::Back { sealed, nonce } => ownership::take_back(found, sealed, nonce),
+        })?;
         Ok(machine)
     }
 }
 
-fn accept(name: &str, offered: OfferedRegion) -> Result<Arc<Mapping>, AttachError> {
-    let region = Region::accept(name, offered.fd, offered.len_bytes).map_err(AttachError::Region)?;
-    Ok(Arc::new(region.map().map_err(AttachError::Region)?))
+/// Takes region `index` for what the region table says of it, and maps it. Pages that are made here come from where
+/// it says, too.
+fn accept(index: usize, entry: &RegionEntry, offered: OfferedRegion) -> Result<Arc<Mapping>, AttachError> {
+    let told = entry.page_bytes;
+    let page_size = PageSize::of_bytes(told).ok_or(AttachError::PageSize { index, told })?;
+    let OfferedRegion { fd, len_bytes } = offered;
+    let region = Region::accept_as("memory", fd, len_bytes, entry.store, page_size);
+    let mapping = region.and_then(|region| region.map_with(&entry.policy, &mut |_, _| {}));
+    Ok(Arc::new(mapping.map_err(AttachError::Region)?))
 }
 
 /// The region table in region 0. `came` regions were handed over.
@@ -327,20 +414,20 @@ fn region_table(arena: &Arena, came: usize) -> Result<Vec<RegionEntry>, AttachEr
     if told_bytes != came_bytes {
         return Err(AttachError::Size { index: 0, told: told_bytes, came: came_bytes });
     }
-    let tree = kho::Tree::read(arena).map_err(AttachError::Malformed)?;
-    let table = tree.fdt.subtree(&regions::SUBTREE).ok_or(AttachError::Regions { told: 0, came })?;
-    let entries = regions::read(arena, table.data).map_err(AttachError::Malformed)?;
-    // It stays where it is from life to life. Were its frames not marked, this life would give them out.
-    let frames =
-        PageRange::of_bytes(table.data, (regions::encode(&entries).len() as u64).next_multiple_of(PAGE_SIZE));
-    if frames.is_ok_and(|frames| frames.pages().all(|frame| tree.blocks.contains_key(&frame.get()))) {
+    let root = kho::Root::read(arena).map_err(AttachError::Malformed)?;
+    let table = root.fdt.subtree(&regions::SUBTREE).ok_or(AttachError::Regions { told: 0, came })?;
+    let RegionTable { entries, len_bytes } =
+        regions::read(arena, table.data).map_err(AttachError::Malformed)?;
+    let (expected, found) = (len_bytes, table.size);
+    if expected == found {
         return Ok(entries);
     }
+    // It stays where it is from life to life: were its frames not known, this life would give them out.
     Err(AttachError::Malformed(Malformed {
         format: regions::FORMAT.compatible,
         address: table.data,
-        field: "frames",
-        problem: Problem::Structure("are not preserved"),
+        field: "blob-size",
+        problem: Problem::Mismatch { expected, found },
     }))
 }
 
@@ -356,13 +443,16 @@ fn check_region(index: usize, entry: &RegionEntry, mapping: &Mapping) -> Result<
 /// Reads the machine's session as it is published now.
 fn read_session(arena: &Arena, known: Vec<Arc<Inode>>) -> Result<(Kho, Luo, Parts), AttachError> {
     let mut kho = Kho::attach(Box::new(arena.clone())).map_err(AttachError::Malformed)?;
-    let mut luo = Luo::attach(&kho, machine::handlers(arena, known)).map_err(AttachError::Luo)?;
+    let mut luo = Luo::attach(&mut kho, machine::handlers(arena, known)).map_err(AttachError::Luo)?;
     let sessions: Vec<SessionName> = luo.incoming_sessions().collect();
     let [name] = sessions[..] else {
         return Err(AttachError::Sessions { sessions: sessions.len() });
     };
     let mut memories: Vec<Arc<Inode>> = Vec::new();
     let mut states: Vec<Arc<StateFile>> = Vec::new();
+    let mut fds: Vec<Arc<FdFile>> = Vec::new();
+    // Region 0 may hold tens of thousands of records, if somebody means harm.
+    let (mut state_names, mut fd_names) = (BTreeSet::new(), BTreeSet::new());
     for token in luo.tokens(name).collect::<Vec<_>>() {
         let kind = AttachError::Kind { session: name, token };
         let repeated = if layout::is_memory_token(token) {
@@ -372,8 +462,13 @@ fn read_session(arena: &Arena, known: Vec<Arc<Inode>>) -> Result<(Kho, Luo, Part
             repeated
         } else if layout::is_state_token(token) {
             let state = retrieve::<StateFile>(&mut luo, &mut kho, name, token)?.ok_or(kind)?;
-            let repeated = states.iter().any(|other| other.name() == state.name());
+            let repeated = !state_names.insert(*state.name().field());
             states.push(state);
+            repeated
+        } else if layout::is_fd_token(token) {
+            let fd = retrieve::<FdFile>(&mut luo, &mut kho, name, token)?.ok_or(kind)?;
+            let repeated = !fd_names.insert(*fd.record().name.field());
+            fds.push(fd);
             repeated
         } else if token == layout::VM_TOKEN {
             false
@@ -395,7 +490,7 @@ fn read_session(arena: &Arena, known: Vec<Arc<Inode>>) -> Result<(Kho, Luo, Part
     }
     // By place, so that the n-th memory is the n-th region.
     memories.sort_by_key(|inode| inode.frames().start());
-    Ok((kho, luo, Parts { name, vm, memories, states }))
+    Ok((kho, luo, Parts { name, vm, memories, states, fds }))
 }
 
 fn retrieve<T: Send + Sync + 'static>(

@@ -1,5 +1,6 @@
 //! Where a machine's regions lie in its arena, and which token names what in its session.
 
+use abi::numa::Policy;
 use abi::regions::RegionEntry;
 use abi::regions::Store;
 use luo::Token;
@@ -10,7 +11,7 @@ use pages::PageRange;
 pub(crate) const REGION0_BYTES: u64 = 8 << 20;
 /// Bytes of region 0 that are there from the start: what an update writes and reads while the guest stands still, and
 /// more. A page fault there is a part of the pause.
-pub(crate) const HOT_BYTES: u64 = 1 << 20;
+pub(crate) const HOT_BYTES: u64 = 512 << 10;
 /// Guest memory starts at multiples of this, so that huge pages of any size are aligned in the arena, too.
 const ALIGN: u64 = 1 << 30;
 
@@ -20,6 +21,8 @@ pub(crate) const VM_TOKEN: Token = Token(1);
 const FIRST_MEMORY_TOKEN: u64 = 0x100;
 /// The first vCPU's or device's state; the others follow.
 const FIRST_STATE_TOKEN: u64 = 0x1000;
+/// The first descriptor that goes with the machine; the others follow.
+const FIRST_FD_TOKEN: u64 = 0x10_0000;
 /// The most pieces of guest memory: as many as the region table lists beside region 0.
 pub(crate) const MAX_MEMORIES: usize = 255;
 
@@ -31,40 +34,68 @@ pub(crate) fn state_token(index: usize) -> Token {
     Token(FIRST_STATE_TOKEN + index as u64)
 }
 
+pub(crate) fn fd_token(index: usize) -> Token {
+    Token(FIRST_FD_TOKEN + index as u64)
+}
+
 pub(crate) fn is_memory_token(token: Token) -> bool {
     (FIRST_MEMORY_TOKEN..FIRST_STATE_TOKEN).contains(&token.0)
 }
 
 pub(crate) fn is_state_token(token: Token) -> bool {
-    token.0 >= FIRST_STATE_TOKEN
+    (FIRST_STATE_TOKEN..FIRST_FD_TOKEN).contains(&token.0)
 }
 
-/// A region's place in the arena, and the page size that it was made for.
+pub(crate) fn is_fd_token(token: Token) -> bool {
+    token.0 >= FIRST_FD_TOKEN
+}
+
+/// A region's place in the arena, and what it was made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryPlace {
     /// Its frames.
     pub frames: PageRange,
-    /// In bytes.
+    /// The page size that it was made for, in bytes.
     pub page_bytes: u64,
+    /// What its memory comes from.
+    pub store: Store,
+    /// Which NUMA nodes its pages come from.
+    pub policy: Policy,
 }
 
 impl MemoryPlace {
     /// What the region table says of the region here, whose file has this inode number.
     pub(crate) fn entry(&self, file: u64) -> RegionEntry {
-        RegionEntry { range: self.frames, page_bytes: self.page_bytes, store: Store::Memfd, file }
+        let Self { frames: range, page_bytes, store, policy } = *self;
+        RegionEntry { range, page_bytes, store, file, policy }
+    }
+
+    /// The inverse of [`MemoryPlace::entry`].
+    pub(crate) fn of(entry: &RegionEntry) -> Self {
+        let RegionEntry { range: frames, page_bytes, store, policy, .. } = *entry;
+        Self { frames, page_bytes, store, policy }
     }
 }
 
-/// Places for region 0 and for guest memory of these sizes and page sizes, in bytes. `None` if the address
-/// space ends before they do.
-pub(crate) fn places(memories: &[(u64, u64)]) -> Option<Vec<MemoryPlace>> {
-    let region0 = PageRange::of_bytes(0, REGION0_BYTES).ok()?;
-    let mut places = vec![MemoryPlace { frames: region0, page_bytes: PAGE_SIZE }];
+/// What a piece of guest memory takes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) size_bytes: u64,
+    pub(crate) page_bytes: u64,
+    pub(crate) store: Store,
+    pub(crate) policy: Policy,
+}
+
+/// Places for region 0 and for these pieces of guest memory. `None` if the address space ends before they do.
+pub(crate) fn places(memories: impl Iterator<Item = Wanted>) -> Option<Vec<MemoryPlace>> {
+    let frames = PageRange::of_bytes(0, REGION0_BYTES).ok()?;
+    let region0 = MemoryPlace { frames, page_bytes: PAGE_SIZE, store: Store::Memfd, policy: Policy::Default };
+    let mut places = vec![region0];
     let mut next = ALIGN;
-    for (size_bytes, page_bytes) in memories {
-        let frames = PageRange::of_bytes(next, *size_bytes).ok()?;
-        places.push(MemoryPlace { frames, page_bytes: *page_bytes });
-        next = next.checked_add(*size_bytes)?.checked_next_multiple_of(ALIGN)?;
+    for Wanted { size_bytes, page_bytes, store, policy } in memories {
+        let frames = PageRange::of_bytes(next, size_bytes).ok()?;
+        places.push(MemoryPlace { frames, page_bytes, store, policy });
+        next = next.checked_add(size_bytes)?.checked_next_multiple_of(ALIGN)?;
     }
     Some(places)
 }
@@ -73,21 +104,35 @@ pub(crate) fn places(memories: &[(u64, u64)]) -> Option<Vec<MemoryPlace>> {
 mod tests {
     use super::*;
 
+    fn of_sizes(sizes: &[u64]) -> Option<Vec<MemoryPlace>> {
+        let wanted = |size_bytes: &u64| Wanted {
+            size_bytes: *size_bytes,
+            page_bytes: 4096,
+            store: Store::Memfd,
+            policy: Policy::Default,
+        };
+        places(sizes.iter().map(wanted))
+    }
+
     #[test]
     fn guest_memory_starts_at_multiples_of_a_gib() {
-        let places = places(&[(64 << 20, 4096), (3 << 30, 2 << 20), (4096, 4096)]).unwrap();
+        let places = of_sizes(&[64 << 20, 3 << 30, 4096]).unwrap();
         let starts: Vec<u64> = places.iter().map(|place| place.frames.start().address() >> 30).collect();
         assert_eq!(starts, [0, 1, 2, 5]);
     }
 
     #[test]
     fn more_than_an_address_space_has_no_place() {
-        assert_eq!(places(&[(1 << 63, 4096), (1 << 63, 4096)]), None);
+        assert_eq!(of_sizes(&[1 << 63, 1 << 63]), None);
     }
 
     #[test]
     fn tokens_of_different_things_differ() {
         assert!(memory_token(MAX_MEMORIES).0 < state_token(0).0);
         assert!(VM_TOKEN.0 < memory_token(0).0);
+        let of = |token| [is_memory_token(token), is_state_token(token), is_fd_token(token)];
+        assert_eq!(of(memory_token(0)), [true, false, false]);
+        assert_eq!(of(state_token(0)), [false, true, false]);
+        assert_eq!(of(fd_token(0)), [false, false, true]);
     }
 }

@@ -22,6 +22,7 @@
 //! Not here: how the regions get to another process (carriers), what the state of a vCPU is (`kvm`).
 #![forbid(unsafe_code)]
 
+mod foreign;
 mod handlers;
 mod incoming;
 mod layout;
@@ -31,10 +32,16 @@ pub mod update;
 
 pub use abi::arena::Nonce;
 pub use abi::arena::OwnershipWord;
+pub use abi::foreign::FdKind;
+pub use abi::foreign::FdName;
 pub use abi::gmem::MemoryName;
 pub use abi::luo::SessionName;
 pub use abi::state::StateName;
 pub use abi::vm::Identity;
+pub use foreign::FdError;
+pub use foreign::Fds;
+pub use foreign::KeepError;
+pub use foreign::MAX_FDS;
 pub use handlers::StateFile;
 pub use handlers::VmFile;
 pub use incoming::AttachError;
@@ -47,6 +54,7 @@ pub use machine::CreateError;
 pub use machine::Machine;
 pub use machine::Memory;
 pub use machine::MemorySpec;
+pub use machine::MemoryStore;
 pub use machine::SealError;
 pub use machine::SettleError;
 pub use machine::Spec;

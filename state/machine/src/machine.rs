@@ -10,12 +10,15 @@ use abi::gmem::MemoryName;
 use abi::gmem::flags;
 use abi::kho::Subtree;
 use abi::luo::SessionName;
+use abi::numa::Policy;
 use abi::regions;
+use abi::regions::Store;
 use abi::state::StateName;
 use abi::vm::Identity;
 use abi::vm::VmRecord;
 use abi::vmalloc::Descriptor;
 use gmem::GmemHandler;
+use gmem::GuestMemfd;
 use gmem::Inode;
 use kho::CommitError;
 use kho::Kho;
@@ -35,11 +38,14 @@ use region::Mapping;
 use region::PageSize;
 use region::Region;
 use region::RegionError;
+use region::Want;
 use region::WarmError;
 use region::liveness::LivenessError;
 use region::liveness::LivenessLock;
 use thiserror::Error;
 
+use crate::foreign::FdFile;
+use crate::foreign::FdHandler;
 use crate::handlers::Saved;
 use crate::handlers::StateFile;
 use crate::handlers::StateHandler;
@@ -47,12 +53,35 @@ use crate::handlers::VmFile;
 use crate::handlers::VmHandler;
 use crate::layout;
 use crate::layout::MemoryPlace;
+use crate::layout::Wanted;
 use crate::ownership;
 use crate::ownership::Ownership;
 use crate::ownership::OwnershipError;
 
+/// What guest memory comes from.
+#[derive(Debug, Clone, Default)]
+pub enum MemoryStore {
+    /// A memfd of pages of 4 KiB, or of 2 MiB where they can be had.
+    #[default]
+    Memfd,
+    /// Pages of 2 MiB or 1 GiB from the host's pool, all of them from the start.
+    Hugetlb,
+    /// A guest_memfd, which the VMM's first VM object made. Successors use it as plain memory.
+    GuestMemfd(Arc<GuestMemfd>),
+}
+
+impl MemoryStore {
+    fn kind(&self) -> Store {
+        match self {
+            Self::Memfd => Store::Memfd,
+            Self::Hugetlb => Store::Hugetlb,
+            Self::GuestMemfd(_) => Store::GuestMemfd,
+        }
+    }
+}
+
 /// A piece of guest memory that a machine is to have.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct MemorySpec {
     /// What the VMM calls it.
     pub name: MemoryName,
@@ -62,12 +91,27 @@ pub struct MemorySpec {
     pub page_size: PageSize,
     /// Give every page memory now, or leave it to the first touch.
     pub prefault: bool,
+    /// What it comes from.
+    pub store: MemoryStore,
+    /// Which NUMA nodes its pages come from, here and in every successor.
+    pub policy: Policy,
 }
 
 impl MemorySpec {
-    /// Memory of `size_bytes` bytes in small pages, all of them there from the start.
+    /// Memory of `size_bytes` bytes in small pages, all of them there from the start, from wherever the host has
+    /// them.
     pub fn new(name: MemoryName, size_bytes: u64) -> Self {
-        Self { name, size_bytes, page_size: PageSize::Small, prefault: true }
+        let (store, policy) = (MemoryStore::Memfd, Policy::Default);
+        Self { name, size_bytes, page_size: PageSize::Small, prefault: true, store, policy }
+    }
+
+    fn wanted(&self) -> Wanted {
+        Wanted {
+            size_bytes: self.size_bytes,
+            page_bytes: self.page_size.bytes(),
+            store: self.store.kind(),
+            policy: self.policy,
+        }
     }
 }
 
@@ -91,6 +135,8 @@ pub struct Memory {
     pub inode: Arc<Inode>,
     /// The page size that it was made for, in bytes.
     pub page_bytes: u64,
+    /// Which NUMA nodes its pages come from.
+    pub policy: Policy,
     /// What warming it up gave; `None` if it was not warmed up by this process.
     pub account: Option<Account>,
 }
@@ -204,6 +250,8 @@ pub struct Machine {
     pub(crate) vm: Arc<VmFile>,
     pub(crate) memories: Vec<Memory>,
     pub(crate) states: Vec<Arc<StateFile>>,
+    /// Descriptors that go with it, as far as an update has asked for them.
+    pub(crate) fds: Vec<Arc<FdFile>>,
     /// All files are in an outgoing session of this life, and the received one is finished.
     pub(crate) settled: bool,
     pub(crate) _alive: LivenessLock,
@@ -243,6 +291,7 @@ impl Machine {
             vm: VmFile::new(record),
             memories,
             states: spec.states.iter().map(|name| StateFile::new(*name, None)).collect(),
+            fds: Vec::new(),
             settled: false,
             _alive: alive,
         };
@@ -292,10 +341,12 @@ impl Machine {
         let state = |(index, state): (usize, &Arc<StateFile>)| {
             (layout::state_token(index), Arc::clone(state) as File)
         };
+        let fd = |(index, fd): (usize, &Arc<FdFile>)| (layout::fd_token(index), Arc::clone(fd) as File);
         [(layout::VM_TOKEN, vm)]
             .into_iter()
             .chain(self.memories.iter().enumerate().map(memory))
             .chain(self.states.iter().enumerate().map(state))
+            .chain(self.fds.iter().enumerate().map(fd))
             .collect()
     }
 
@@ -347,10 +398,10 @@ impl Machine {
             let blocks = file.saved().as_ref().map_or(0, |saved| saved.bytes.len()).div_ceil(PAGE_BYTES);
             (1 + blocks + Descriptor::chunks(blocks)) as u64
         };
-        let files = (1 + self.memories.len() + self.states.len()) as u64;
+        let files = (1 + self.memories.len() + self.states.len() + self.fds.len()) as u64;
         let states: u64 = self.states.iter().map(frames).sum();
         let wanted = states + 2 * files + SPARE_FRAMES;
-        let free = (layout::REGION0_BYTES - self.kho.used_bytes()) / PAGE_SIZE;
+        let free = self.kho.free_frames();
         if wanted > free { Err(SealError::NoRoom { wanted, free }) } else { Ok(()) }
     }
 
@@ -372,7 +423,7 @@ impl Machine {
     /// [`UnsealError`] if the successor runs it: then it must not run here any more.
     pub fn unseal(&mut self) -> Result<(), UnsealError> {
         let sealed = self.word;
-        let back = self.ownership.transition(|found| ownership::take_back(found, sealed));
+        let back = self.ownership.transition(|found| ownership::take_back(found, sealed, sealed.nonce()));
         self.word = back.map_err(UnsealError::Ownership)?;
         self.unfreeze();
         Ok(())
@@ -424,7 +475,8 @@ impl Machine {
     /// The formats that its session uses.
     pub fn formats(&self) -> Vec<String> {
         let files = self.luo.compatibles().into_iter().map(|compatible| compatible.to_string());
-        arena_formats().into_iter().chain(files).collect()
+        let table = regions::compatible(self.places.iter().map(|place| (place.store, place.policy)));
+        arena_formats(table).into_iter().chain(files).collect()
     }
 
     /// The ownership word as it is now.
@@ -435,6 +487,11 @@ impl Machine {
         self.ownership.read()
     }
 
+    /// The word under which this process has the machine, running or sealed.
+    pub fn word(&self) -> OwnershipWord {
+        self.word
+    }
+
     /// Region 0, to be read: what a decoder is given.
     pub fn arena(&self) -> &Arena {
         &self.arena
@@ -443,13 +500,14 @@ impl Machine {
 
 /// Every format that [`Incoming`](crate::Incoming) can read.
 pub fn readable_formats() -> Vec<String> {
-    let files = [abi::vm::FORMAT, abi::gmem::FORMAT, abi::state::FORMAT];
-    arena_formats().into_iter().chain(files.map(|format| format.compatible.to_owned())).collect()
+    let files = [abi::vm::FORMAT, abi::gmem::FORMAT, abi::state::FORMAT, abi::foreign::FORMAT];
+    let own = [regions::FORMAT].into_iter().chain(files).map(|format| format.compatible.to_owned());
+    arena_formats(regions::V1.compatible).into_iter().chain(own).collect()
 }
 
-/// Formats of the arena itself, whatever its session holds.
-pub(crate) fn arena_formats() -> Vec<String> {
-    let own = ["tideover-arena-v1", regions::FORMAT.compatible];
+/// Formats of the arena itself, whatever its session holds. `table` is that of its region table.
+fn arena_formats(table: &str) -> Vec<String> {
+    let own = ["tideover-arena-v1", table];
     [abi::kho::COMPATIBLE, abi::luo::COMPATIBLE].into_iter().chain(own).map(str::to_owned).collect()
 }
 
@@ -462,6 +520,12 @@ fn check(spec: &Spec) -> Result<Vec<MemoryPlace>, CreateError> {
     if spec.memories.len() > layout::MAX_MEMORIES {
         return refuse("it has more than 255 pieces of memory");
     }
+    if !spec.memories.iter().all(|memory| memory.page_size.suits(memory.store.kind())) {
+        return refuse("its memory comes from where there are no pages of the size asked for");
+    }
+    if let Err(why) = check_guest_memfds(spec) {
+        return refuse(why);
+    }
     let whole = |memory: &MemorySpec| memory.size_bytes.is_multiple_of(memory.page_size.bytes());
     if !spec.memories.iter().all(whole) {
         return refuse("the size of its memory is no multiple of the page size asked for");
@@ -471,12 +535,42 @@ fn check(spec: &Spec) -> Result<Vec<MemoryPlace>, CreateError> {
     {
         return refuse("two pieces of its memory, or two of its states, have one name");
     }
-    let sizes: Vec<(u64, u64)> =
-        spec.memories.iter().map(|memory| (memory.size_bytes, memory.page_size.bytes())).collect();
-    match layout::places(&sizes) {
+    match layout::places(spec.memories.iter().map(MemorySpec::wanted)) {
         Some(places) => Ok(places),
         None => refuse("its memory is larger than an address space"),
     }
+}
+
+/// Each guest_memfd is one piece of memory, and all of it.
+fn check_guest_memfds(spec: &Spec) -> Result<(), &'static str> {
+    let mut seen: Vec<&Arc<GuestMemfd>> = Vec::new();
+    for memory in &spec.memories {
+        let MemoryStore::GuestMemfd(file) = &memory.store else { continue };
+        if file.size_bytes() != memory.size_bytes {
+            return Err("the size of its memory is not that of its guest_memfd");
+        }
+        if seen.iter().any(|other| Arc::ptr_eq(other, file)) {
+            return Err("two pieces of its memory have one guest_memfd");
+        }
+        seen.push(file);
+    }
+    Ok(())
+}
+
+/// Looks whether the host can give all of the guest memory, before any of it is made.
+fn ask_host(spec: &Spec) -> Result<(), CreateError> {
+    let names: Vec<String> = spec.memories.iter().map(|memory| region_name(spec, memory)).collect();
+    let want = |(memory, name): (&MemorySpec, _)| {
+        let Wanted { size_bytes: len_bytes, store, policy, .. } = memory.wanted();
+        Want { name, len_bytes, store, page_size: memory.page_size, policy }
+    };
+    let names = names.iter().map(String::as_str);
+    let wants: Vec<Want<'_>> = spec.memories.iter().zip(names).map(want).collect();
+    region::ask(&wants).map_err(CreateError::Region)
+}
+
+fn region_name(spec: &Spec, memory: &MemorySpec) -> String {
+    format!("{}.{}", spec.name, memory.name)
 }
 
 fn repeated(names: impl Iterator<Item = [u8; 32]>) -> bool {
@@ -490,14 +584,20 @@ fn random_identity() -> Result<Identity, CreateError> {
     Ok(Identity::new(bits))
 }
 
+/// Nonces that are tried before it is clear that somebody holds them all: of 16 million two meet by chance once in a
+/// lifetime, not so many times in a row.
+const NONCE_TRIES: u32 = 16;
+
 /// Draws a nonce that nobody holds, and holds it.
 pub(crate) fn hold(region0: &Region) -> Result<(Nonce, LivenessLock), CreateError> {
+    let mut tries = 0;
     loop {
+        tries += 1;
         let bits = getrandom::u32().map_err(CreateError::Random)?;
         let Some(nonce) = Nonce::new(bits >> 8) else { continue };
         match LivenessLock::take(region0, nonce.get()) {
             Ok(lock) => return Ok((nonce, lock)),
-            Err(LivenessError::Taken { .. }) => {}
+            Err(LivenessError::Taken { .. }) if tries < NONCE_TRIES => {}
             Err(error) => return Err(CreateError::Liveness(error)),
         }
     }
@@ -509,34 +609,57 @@ fn make_regions(
     identity: Identity,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(Arena, Vec<Memory>), CreateError> {
-    let make = |name: String, bytes: u64| -> Result<Arc<Mapping>, CreateError> {
-        let region = Region::create(&name, bytes).map_err(CreateError::Region)?;
-        Ok(Arc::new(region.map().map_err(CreateError::Region)?))
-    };
-    let region0 = make(format!("{}.metadata", spec.name), layout::REGION0_BYTES)?;
+    ask_host(spec)?;
+    let region0 = Region::create(&format!("{}.metadata", spec.name), layout::REGION0_BYTES);
+    let region0 = Arc::new(region0.and_then(Region::map).map_err(CreateError::Region)?);
     region0.prefault_first(layout::HOT_BYTES).map_err(CreateError::Warm)?;
     let mut arena = Arena::new(region0);
     let mut memories = Vec::new();
     let total: u64 = spec.memories.iter().map(|memory| memory.size_bytes).sum();
     let mut done = 0;
     for (memory, place) in spec.memories.iter().zip(&places[1..]) {
-        let mapping = make(format!("{}.{}", spec.name, memory.name), memory.size_bytes)?;
-        let account = match memory.prefault {
-            true => Some(
-                mapping
-                    .warm(memory.page_size, &mut |here, _| progress(done + here, total))
-                    .map_err(CreateError::Warm)?,
-            ),
-            false => None,
-        };
+        let name = region_name(spec, memory);
+        let (mapping, account) = make_memory(memory, &name, &mut |here| progress(done + here, total))?;
         done += memory.size_bytes;
-        let flags = flags::MMAP | flags::INIT_SHARED;
-        let inode = Inode::new(memory.name, identity, Arc::clone(&mapping), place.frames, flags);
-        memories.push(Memory { inode, page_bytes: place.page_bytes, account });
+        let (of, frames) = (Arc::clone(&mapping), place.frames);
+        let inode = match &memory.store {
+            MemoryStore::GuestMemfd(file) => Inode::of_guest_memfd(memory.name, identity, of, frames, file),
+            MemoryStore::Memfd | MemoryStore::Hugetlb => {
+                Inode::new(memory.name, identity, of, frames, flags::MMAP | flags::INIT_SHARED)
+            }
+        };
+        memories.push(Memory { inode, page_bytes: place.page_bytes, policy: place.policy, account });
         // The places were made so that they do not overlap.
         let _ = arena.place(place.frames, mapping);
     }
     Ok((arena, memories))
+}
+
+/// Makes a piece of guest memory and maps it, warmed up if that is asked for. `progress` gets bytes done.
+fn make_memory(
+    memory: &MemorySpec,
+    name: &str,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(Arc<Mapping>, Option<Account>), CreateError> {
+    let region = match &memory.store {
+        MemoryStore::Memfd => Region::create(name, memory.size_bytes),
+        MemoryStore::Hugetlb => Region::create_hugetlb(name, memory.size_bytes, memory.page_size),
+        MemoryStore::GuestMemfd(file) => file.region(name),
+    };
+    let mapping = region.and_then(|region| region.map_with(&memory.policy, &mut |here, _| progress(here)));
+    let mapping = Arc::new(mapping.map_err(CreateError::Region)?);
+    if !memory.prefault {
+        return Ok((mapping, None));
+    }
+    // What came by mapping, as hugetlb memory does, was told already.
+    let told = mapping.region().store() == Store::Hugetlb;
+    let mut warmed = |here, _| {
+        if !told {
+            progress(here)
+        }
+    };
+    let account = mapping.warm(memory.page_size, &mut warmed).map_err(CreateError::Warm)?;
+    Ok((mapping, Some(account)))
 }
 
 fn write_region_table(kho: &mut Kho, arena: &Arena, places: &[MemoryPlace]) -> Result<(), CreateError> {
@@ -556,8 +679,9 @@ pub(crate) fn handlers(arena: &Arena, known: Vec<Arc<Inode>>) -> Handlers {
     let registered: Result<(), RegisterError> = (|| {
         handlers.register(VmHandler)?;
         handlers.register(GmemHandler::new(arena.clone(), known))?;
-        handlers.register(StateHandler)
+        handlers.register(StateHandler)?;
+        handlers.register(FdHandler)
     })();
-    debug_assert!(registered.is_ok(), "three kinds");
+    debug_assert!(registered.is_ok(), "four kinds");
     handlers
 }

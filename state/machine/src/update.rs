@@ -150,6 +150,12 @@ pub trait Guest {
     /// If one cannot be saved; the guest is then resumed.
     fn save(&mut self) -> Result<Vec<(StateName, Vec<u8>)>, Self::Error>;
 
+    /// When the last vCPU stopped, if that is known better than by the end of [`pause`](Self::pause): nanoseconds on the
+    /// clock of the [`Timeline`].
+    fn stopped_ns(&self) -> Option<u64> {
+        None
+    }
+
     /// There is no update after all: everything runs on.
     ///
     /// # Errors

@@ -17,8 +17,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use abi::arena::OwnershipState;
+use abi::regions::Store;
 use fdpass::Channel;
 use fdpass::Deadline;
+use gmem::Freeze;
+use gmem::Held;
+use region::PageSize;
 use rig::assert_filled;
 use rig::freeze;
 use rig::inodes;
@@ -29,7 +33,9 @@ use rig::states;
 use tideover_machine::ClaimError;
 use tideover_machine::Identity;
 use tideover_machine::Incoming;
+use tideover_machine::MemoryStore;
 use tideover_machine::OfferedRegion;
+use tideover_machine::Spec;
 
 /// Set where a test plays the predecessor.
 const PREDECESSOR: &str = "TIDEOVER_TEST_PREDECESSOR";
@@ -50,8 +56,13 @@ fn soon() -> Deadline {
 
 /// Does not come back.
 fn predecessor(until: Until) -> ! {
+    predecessor_of(&spec("killed", &SIZES_MIB, &STATES), until)
+}
+
+/// Does not come back.
+fn predecessor_of(spec: &Spec, until: Until) -> ! {
     let channel = Channel::from_stdin().unwrap();
-    let mut machine = machine(&spec("killed", &SIZES_MIB, &STATES));
+    let mut machine = machine(spec);
     let regions = offered(&machine);
     let fds: Vec<BorrowedFd<'_>> = regions.iter().map(|region| region.fd.as_fd()).collect();
     channel.send(&machine.identity().bytes(), &fds, soon()).unwrap();
@@ -79,19 +90,24 @@ struct Doomed {
 
 impl Doomed {
     fn start(test: &str) -> Self {
+        Self::start_with(test, &SIZES_MIB)
+    }
+
+    /// One whose machine has guest memory of these sizes.
+    fn start_with(test: &str, sizes_mib: &[u64]) -> Self {
         let (channel, theirs) = Channel::pair().unwrap();
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(PREDECESSOR, "1");
         let child = command.stdin(Stdio::from(theirs.into_stdio())).stdout(Stdio::null()).spawn().unwrap();
         // Else this process would hold the child's end open, too.
         drop(command);
-        let message = channel.receive(16, 3, soon()).unwrap();
+        let message = channel.receive(16, 1 + sizes_mib.len(), soon()).unwrap();
         let identity = Identity::new(message.bytes.as_slice().try_into().unwrap());
-        let sizes = [8].into_iter().chain(SIZES_MIB).map(|mib| mib << 20);
+        let sizes = [8].iter().chain(sizes_mib).map(|mib| mib << 20);
         let regions =
             message.fds.into_iter().zip(sizes).map(|(fd, len_bytes)| OfferedRegion { fd, len_bytes });
         let regions: Vec<OfferedRegion> = regions.collect();
-        assert_eq!(regions.len(), 3);
+        assert_eq!(regions.len(), 1 + sizes_mib.len());
         assert_eq!(channel.receive(16, 0, soon()).unwrap().bytes, b"there");
         Self { child, identity, regions, _channel: channel }
     }
@@ -107,12 +123,12 @@ impl Doomed {
 
     /// Kills it, and gives what is found then: by who attaches anew, and by who had attached before.
     fn kill(mut self) -> [Incoming; 2] {
-        let early = Incoming::attach(self.copies()).unwrap();
+        let early = Incoming::attach(self.copies(), Vec::new()).unwrap();
         let word = early.ownership().unwrap();
         assert!(early.owner_lives(word).unwrap());
         self.child.kill().unwrap();
         assert_eq!(self.child.wait().unwrap().signal(), Some(9));
-        let late = Incoming::attach(self.copies()).unwrap();
+        let late = Incoming::attach(self.copies(), Vec::new()).unwrap();
         let found = [late, early];
         for incoming in &found {
             assert_eq!(incoming.identity(), self.identity);
@@ -181,4 +197,37 @@ fn killed_once_the_machine_is_sealed_it_leaves_all_of_it() {
     let mut machine = claimed.run().unwrap();
     machine.settle().unwrap();
     assert_filled(&inodes(&machine));
+}
+
+/// As [`spec`], its memory from every store there is; with the VM object that made some of it.
+fn spec_of_every_store() -> (Spec, kvm::VmBuilder) {
+    let mut spec = spec("stores", &[4, 4, 4], &STATES);
+    let vm = kvm::VmBuilder::create(&kvm::kvm_ioctls::Kvm::new().unwrap()).unwrap();
+    let file = gmem::GuestMemfd::create(vm.fd(), 4 << 20).unwrap();
+    spec.memories[1].store = MemoryStore::Hugetlb;
+    spec.memories[1].page_size = PageSize::Huge;
+    spec.memories[2].store = MemoryStore::GuestMemfd(Arc::new(file));
+    (spec, vm)
+}
+
+#[test]
+fn killed_with_memory_of_every_store_it_leaves_all_of_it() {
+    // It has this process's huge pages: what it set aside itself would not be given back by who is killed.
+    if is_predecessor() {
+        let (spec, _vm) = spec_of_every_store();
+        predecessor_of(&spec, Until::Sealed);
+    }
+    harness::need!(kvm, guest_memfd, hugetlb);
+    let test = "killed_with_memory_of_every_store_it_leaves_all_of_it";
+    let [late, _early] = Doomed::start_with(test, &[4, 4, 4]).kill();
+    let sealed = late.ownership().unwrap().epoch();
+    let mut machine = late.claim(sealed).unwrap().run().unwrap();
+    machine.settle().unwrap();
+    let memories = inodes(&machine);
+    let stores: Vec<Store> = memories.iter().map(|inode| inode.mapping().region().store()).collect();
+    assert_eq!(stores, [Store::Memfd, Store::Hugetlb, Store::GuestMemfd]);
+    assert_filled(&memories);
+    let held: Vec<Held> = freeze(&memories).iter().map(Freeze::held).collect();
+    assert_eq!(held[1..], [Held::Whole, Held::Prefaulted], "it is handed on like the first time");
+    assert_filled(&memories);
 }

@@ -335,8 +335,8 @@ impl Model {
 
 /// Number and sessions that a life finds that attaches now, records included.
 fn found(arena: &Arena) -> Option<(u64, Shape)> {
-    let kho = arena.attach();
-    let luo = Luo::attach(&kho, handlers(&Default::default())).ok()?;
+    let mut kho = arena.attach();
+    let luo = Luo::attach(&mut kho, handlers(&Default::default())).ok()?;
     let wire = published(&kho);
     assert_eq!(luo.number(), wire.liveupdate_num + 1);
     let file = |file: &abi::luo::File| {

@@ -1,5 +1,6 @@
 //! What one life publishes and the next one finds.
 
+use abi::Memory;
 use abi::kho::SubtreeName;
 use abi::luo::LuoSer;
 use pages::PageRange;
@@ -73,7 +74,7 @@ fn the_first_life_writes_1_and_each_next_one_what_it_received_and_1() {
 fn nothing_is_seen_before_it_is_published() {
     let mut life = Life::first();
     let missing = |life: &Life| {
-        matches!(Luo::attach(&life.arena.attach(), handlers(&life.script)), Err(AttachError::Missing))
+        matches!(Luo::attach(&mut life.arena.attach(), handlers(&life.script)), Err(AttachError::Missing))
     };
     life.session("a", &[1]);
     assert!(missing(&life));
@@ -92,7 +93,7 @@ fn a_file_of_an_unknown_kind_is_named_and_nothing_is_taken_over() {
     life.publish();
     let mut handlers = Handlers::default();
     handlers.register(recorder(BARE, &Script::default())).unwrap();
-    let error = Luo::attach(&life.arena.attach(), handlers).unwrap_err();
+    let error = Luo::attach(&mut life.arena.attach(), handlers).unwrap_err();
     let AttachError::UnknownHandler { session, token, compatible } = error else { panic!("{error:?}") };
     assert_eq!((session, token, compatible), (name("a"), Token(9), THING));
     assert_eq!(life.then().tokens("a"), [5, 9], "a life that knows the kind still finds all");
@@ -106,7 +107,7 @@ fn a_broken_state_is_refused() {
     let mut subtree = *life.kho.subtree(&SUBTREE).unwrap();
     subtree.size = 31;
     life.kho.set_subtree(subtree);
-    let error = Luo::attach(&life.kho, handlers(&life.script)).unwrap_err();
+    let error = Luo::attach(&mut life.kho, handlers(&life.script)).unwrap_err();
     assert!(
         matches!(&error, AttachError::Malformed(malformed) if malformed.field == "blob-size"),
         "{error:?}"

@@ -255,6 +255,12 @@ impl Memory for Arena {
     fn read(&self, address: u64, into: &mut [u8]) -> Result<(), NoMemory> {
         self.0.lock().unwrap().read(address, into)
     }
+
+    /// Region 0, and guest memory up to 4 TiB in which there are no bytes.
+    fn runs(&self) -> Vec<PageRange> {
+        let guest = PageRange::of_bytes(1 << 32, (1 << 42) - (1 << 32)).unwrap();
+        self.0.lock().unwrap().runs().into_iter().chain([guest]).collect()
+    }
 }
 
 impl MemoryMut for Arena {
@@ -279,8 +285,8 @@ impl Arena {
     /// A later life, after a crash or a hand-over: it has the memory and nothing else.
     pub(crate) fn next_life(&self) -> Life {
         let script = Script::default();
-        let kho = self.attach();
-        let luo = Luo::attach(&kho, handlers(&script)).unwrap();
+        let mut kho = self.attach();
+        let luo = Luo::attach(&mut kho, handlers(&script)).unwrap();
         Life { arena: self.clone(), kho, luo, script }
     }
 }
@@ -288,7 +294,7 @@ impl Arena {
 /// The LUO state in an arena's published tree, as `abi` reads it.
 pub(crate) fn published(kho: &Kho) -> abi::luo::Luo {
     let subtree = kho.subtree(&SubtreeName::literal(abi::luo::SUBTREE)).expect("published");
-    abi::luo::Luo::read(kho.memory(), subtree.data, subtree.size).unwrap()
+    abi::luo::Luo::read(&kho.memory(), subtree.data, subtree.size).unwrap()
 }
 
 /// One process.

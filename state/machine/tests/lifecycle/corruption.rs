@@ -5,11 +5,16 @@ use std::sync::Arc;
 use abi::Memory;
 use abi::MemoryMut;
 use abi::arena::OWNERSHIP_ADDRESS;
+use abi::kho::Subtree;
 use abi::luo::FileSer;
+use abi::regions::RegionEntry;
+use abi::state::StateRecord;
+use abi::vmalloc::Descriptor;
 use pages::PageRange;
 use proptest::prelude::*;
 use region::Arena;
 use tideover_machine::AttachError;
+use tideover_machine::ClaimError;
 use tideover_machine::Claimed;
 use tideover_machine::Identity;
 use tideover_machine::Incoming;
@@ -53,13 +58,14 @@ fn take_over(orphan: Orphan) -> Result<Machine, String> {
     fn text(error: impl std::fmt::Debug) -> String {
         format!("{error:?}")
     }
-    let claimed = Incoming::attach(orphan.regions).map_err(text)?.claim(orphan.epoch).map_err(text)?;
+    let claimed =
+        Incoming::attach(orphan.regions, Vec::new()).map_err(text)?.claim(orphan.epoch).map_err(text)?;
     assert_same(&claimed, orphan.identity);
     let mut machine = claimed.run().map_err(text)?;
     machine.settle().map_err(text)?;
     assert_filled(&inodes(&machine));
     // What is published now is whole: nothing of the damage was taken over.
-    let found = Incoming::attach(offered(&machine)).unwrap();
+    let found = Incoming::attach(offered(&machine), Vec::new()).unwrap();
     assert_eq!(found.state_names().count(), STATES.len());
     assert_filled(found.memories());
     Ok(machine)
@@ -160,7 +166,7 @@ fn with_entry(token: u64, change: impl Fn(&mut FileSer, &dyn Fn(u64) -> FileSer)
     let (address, mut file) = *of(token);
     change(&mut file, &|token| of(token).1);
     orphan.arena.write(address, file.as_bytes()).unwrap();
-    Incoming::attach(orphan.regions).unwrap_err()
+    Incoming::attach(orphan.regions, Vec::new()).unwrap_err()
 }
 
 const VM: u64 = 1;
@@ -186,10 +192,49 @@ fn a_file_of_another_kind_than_its_token_says_is_refused() {
 }
 
 #[test]
-fn a_state_or_a_memory_that_two_tokens_name_is_refused() {
+fn a_state_or_a_memory_that_two_records_name_is_refused() {
+    for (one, other) in [(STATE, STATE + 1), (RAM, RAM + 1)] {
+        let mut orphan = orphan();
+        let entries = entries(&orphan);
+        let of = |token: u64| *entries.iter().find(|(_, file)| file.token.get() == token).unwrap();
+        let mut record = [0; 4096];
+        orphan.arena.read(of(one).1.data.get(), &mut record).unwrap();
+        let mut kho = kho::Kho::attach(Box::new(orphan.arena.clone())).unwrap();
+        if one == STATE {
+            // With bytes of its own: none.
+            let place = |record| StateRecord::read(record, 4096).unwrap();
+            let read = place(&[vec![0; 4096], record.to_vec()].concat());
+            let empty = StateRecord { len_bytes: 0, list: Descriptor::default(), checksum: 0, ..read };
+            record[..empty.encode().len()].copy_from_slice(&empty.encode());
+        }
+        let copy = kho.store(&record).unwrap().start().address();
+        kho.commit().unwrap();
+        let (address, mut file) = of(other);
+        file.data = copy.into();
+        orphan.arena.write(address, file.as_bytes()).unwrap();
+        let error = Incoming::attach(orphan.regions, Vec::new()).unwrap_err();
+        assert!(matches!(error, AttachError::Repeated { token, .. } if token.0 == other), "{error:?}");
+    }
+}
+
+/// What retrieving a file met.
+#[track_caller]
+fn malformed(error: &AttachError) -> &abi::Malformed {
+    let mut source = std::error::Error::source(error);
+    while let Some(found) = source {
+        match found.downcast_ref() {
+            Some(malformed) => return malformed,
+            None => source = found.source(),
+        }
+    }
+    panic!("{error:?}");
+}
+
+#[test]
+fn a_record_that_two_tokens_name_is_refused() {
     for (one, other) in [(STATE, STATE + 1), (RAM, RAM + 1)] {
         let error = with_entry(other, |file, of| file.data = of(one).data);
-        assert!(matches!(error, AttachError::Repeated { token, .. } if token.0 == other), "{error:?}");
+        assert_eq!(malformed(&error).field, "frames", "{error:?}");
     }
 }
 
@@ -207,7 +252,7 @@ fn with_tree(change: impl FnOnce(&mut kho::Kho)) -> AttachError {
     let mut kho = kho::Kho::attach(Box::new(orphan.arena)).unwrap();
     change(&mut kho);
     kho.commit().unwrap();
-    Incoming::attach(orphan.regions).unwrap_err()
+    Incoming::attach(orphan.regions, Vec::new()).unwrap_err()
 }
 
 #[test]
@@ -231,5 +276,38 @@ fn a_kind_that_nobody_knows_is_named() {
     match error {
         AttachError::Luo(luo::AttachError::UnknownHandler { token, .. }) => assert_eq!(token.0, STATE),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Publishes the region table anew, changed, after attaching and before the claim.
+fn claim_with_table(change: impl FnOnce(&mut Vec<RegionEntry>)) -> ClaimError {
+    let mut owner = machine(&spec("table", &[4, 4], &STATES));
+    let incoming = Incoming::attach(offered(&owner), Vec::new()).unwrap();
+    let (epoch, _frozen) = seal(&mut owner, 5000, 1);
+    let mut kho = kho::Kho::attach(Box::new(owner.arena().clone())).unwrap();
+    let published = kho.subtree(&abi::regions::SUBTREE).unwrap().data;
+    let mut table = abi::regions::read(owner.arena(), published).unwrap().entries;
+    change(&mut table);
+    let bytes = abi::regions::encode(&table);
+    let data = kho.store(&bytes).unwrap().start().address();
+    kho.set_subtree(Subtree { name: abi::regions::SUBTREE, data, size: bytes.len() as u64 });
+    kho.commit().unwrap();
+    incoming.claim(epoch).unwrap_err()
+}
+
+#[test]
+fn a_region_table_that_changed_since_the_attach_is_refused_by_the_claim() {
+    let changes: [fn(&mut Vec<RegionEntry>); 5] = [
+        |table| table[1].file += 1,
+        |table| table[2].page_bytes = 2 << 20,
+        |table| table[2].range = PageRange::of_bytes(3 << 30, 4 << 20).unwrap(),
+        |table| table.truncate(2),
+        |table| {
+            let (one, other) = (table[1].file, table[2].file);
+            (table[1].file, table[2].file) = (other, one);
+        },
+    ];
+    for change in changes {
+        assert!(matches!(claim_with_table(change), ClaimError::Regions));
     }
 }

@@ -25,7 +25,7 @@ fn before_the_seal_leaves_the_memory_and_a_dead_owner() {
     assert_eq!(incoming.ownership().unwrap(), word);
     assert!(!incoming.owner_lives(word).unwrap());
 
-    let found = Incoming::attach(regions).unwrap();
+    let found = Incoming::attach(regions, Vec::new()).unwrap();
     assert_eq!(found.ownership().unwrap(), word);
     assert!(!found.owner_lives(word).unwrap());
     assert_filled(found.memories());
@@ -39,7 +39,7 @@ fn after_the_seal_leaves_a_machine_to_be_claimed() {
     let names: Vec<_> = owner.state_names().collect();
     let (_, frozen) = seal(&mut owner, 6000, 4);
     drop((owner, frozen));
-    let found = Incoming::attach(regions).unwrap();
+    let found = Incoming::attach(regions, Vec::new()).unwrap();
     let word = found.ownership().unwrap();
     assert_eq!(word.state(), OwnershipState::Sealed);
     assert!(!found.owner_lives(word).unwrap());
@@ -70,7 +70,7 @@ fn before_settling_leaves_the_session_as_it_was_received() {
     let successor = claim(&mut predecessor, 1).run().unwrap();
     let word = successor.ownership().unwrap();
     drop((predecessor, successor));
-    let found = Incoming::attach(regions).unwrap();
+    let found = Incoming::attach(regions, Vec::new()).unwrap();
     assert_eq!(found.ownership().unwrap(), word);
     assert!(!found.owner_lives(word).unwrap());
     assert_filled(found.memories());

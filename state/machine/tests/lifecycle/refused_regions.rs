@@ -12,7 +12,7 @@ use crate::rig::spec;
 
 #[track_caller]
 fn refused(regions: Vec<OfferedRegion>) -> AttachError {
-    match Incoming::attach(regions) {
+    match Incoming::attach(regions, Vec::new()) {
         Err(error) => error,
         Ok(_) => panic!("accepted"),
     }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use gmem::Freeze;
 use gmem::Inode;
-use region::PageSize;
 use tideover_machine::Machine;
 use tideover_machine::MemoryName;
 use tideover_machine::MemorySpec;
@@ -18,11 +17,9 @@ pub(crate) type States = Vec<(StateName, Vec<u8>)>;
 
 /// A machine of this name with a piece of memory for each size, in MiB, and these states.
 pub(crate) fn spec(name: &str, memories_mib: &[u64], states: &[&str]) -> Spec {
-    let memory = |(index, mib): (usize, &u64)| MemorySpec {
-        name: MemoryName::new(format!("ram{index}").as_bytes()).unwrap(),
-        size_bytes: mib << 20,
-        page_size: PageSize::Small,
-        prefault: false,
+    let memory = |(index, mib): (usize, &u64)| {
+        let name = MemoryName::new(format!("ram{index}").as_bytes()).unwrap();
+        MemorySpec { prefault: false, ..MemorySpec::new(name, mib << 20) }
     };
     Spec {
         name: SessionName::new(name.as_bytes()).unwrap(),
