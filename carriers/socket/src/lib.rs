@@ -10,9 +10,9 @@
 //!        ◀── hello: who I am, what I can read ──   connect / from_stdin
 //!        ─── offer: formats, sizes ────────────▶
 //!        ◀── accept | refuse ───────────────────
-//! freeze ─── memory: descriptors ──────────────▶   attach: check, map, populate; make the VM
+//!        ─── memory: descriptors ──────────────▶   attach: check, map, populate; make the VM
 //!        ◀── warm ──────────────────────────────
-//! pause, save, seal
+//! freeze, pause, save, seal
 //!        ─── sealed: epoch ────────────────────▶   claim, load, run
 //!        ◀── running ───────────────────────────   the guest runs
 //!        ◀── settled ───────────────────────────   the session is finished and standing again
@@ -42,6 +42,7 @@ pub use predecessor::Outcome;
 pub use predecessor::Reason;
 pub use predecessor::Report;
 pub use predecessor::hand_over;
+pub use predecessor::rehearse;
 pub use program::Program;
 pub use program::ProgramError;
 pub use program::Started;

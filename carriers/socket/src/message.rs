@@ -38,7 +38,7 @@ pub(crate) enum Message {
         identity: String,
         formats: Vec<String>,
         regions: Vec<u64>,
-        descriptors: Vec<String>,
+        descriptors: usize,
         vmm: serde_json::Value,
     },
     Accept,
@@ -57,6 +57,8 @@ pub(crate) enum Message {
         unclaimed: Vec<u64>,
         vmm: serde_json::Value,
     },
+    /// Instead of `sealed`: it was a rehearsal, and a good one.
+    Rehearsed,
     /// Instead of any other: this side gives up.
     Refuse {
         reason: String,
@@ -74,6 +76,7 @@ impl Message {
             Self::Sealed { .. } => "sealed",
             Self::Running { .. } => "running",
             Self::Settled { .. } => "settled",
+            Self::Rehearsed => "rehearsed",
             Self::Refuse { .. } => "refuse",
         }
     }
@@ -97,6 +100,9 @@ pub enum LinkError {
         /// Why, in its own words, escaped.
         reason: String,
     },
+    /// It wanted to know whether this side gets ready, and no more.
+    #[error("it was a rehearsal")]
+    Rehearsed,
     /// It sent something else.
     #[error("the other side sent {came} where {awaited} is due")]
     Unexpected {
@@ -191,6 +197,7 @@ pub(crate) fn receive_with(
     };
     match serde_json::from_slice::<Message>(&received.bytes) {
         Ok(Message::Refuse { reason }) => Err(LinkError::Refused { reason: shown(&reason) }),
+        Ok(Message::Rehearsed) => Err(LinkError::Rehearsed),
         Ok(message) if message.name() == awaited => Ok((message, received.fds)),
         Ok(message) => Err(LinkError::Unexpected { awaited, came: message.name().to_owned() }),
         Err(error) => {

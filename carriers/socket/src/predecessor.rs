@@ -1,6 +1,8 @@
 //! The side that runs the guest, and gives it up.
 
+use std::convert::Infallible;
 use std::error::Error as StdError;
+use std::io;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::process;
@@ -9,11 +11,15 @@ use std::time::Duration;
 
 use fdpass::Channel;
 use fdpass::Deadline;
+use fdpass::MAX_MESSAGE_FDS;
 use fdpass::monotonic_ns;
 use gmem::Freeze;
 use gmem::FreezeError;
+use machine::FdName;
+use machine::KeepError;
 use machine::Machine;
 use machine::SealError;
+use machine::StateName;
 use machine::UnsealError;
 use machine::ownership::OwnershipError;
 use machine::update::Guest;
@@ -40,7 +46,7 @@ pub struct Offer<'a> {
     /// Formats of the VMM's own states, which the successor has to be able to read, too.
     pub formats: Vec<String>,
     /// Other descriptors that go with the machine, each with a name.
-    pub descriptors: Vec<(String, BorrowedFd<'a>)>,
+    pub fds: Vec<(FdName, BorrowedFd<'a>)>,
     /// Anything that the VMM tells its successor.
     pub vmm: serde_json::Value,
     /// How long to wait.
@@ -114,6 +120,12 @@ pub enum Reason {
         /// The formats.
         formats: Vec<String>,
     },
+    /// Descriptors cannot go with the machine.
+    #[error("cannot hand over what goes with the machine")]
+    Fds(#[source] KeepError),
+    /// This process can have no more descriptors.
+    #[error("cannot copy the machine's descriptors")]
+    Descriptors(#[source] io::Error),
     /// Guest memory could not be frozen.
     #[error("cannot freeze the guest's memory")]
     Freeze(#[source] FreezeError),
@@ -191,25 +203,82 @@ pub fn hand_over<G: Guest>(
     offer: &Offer<'_>,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, Fatal> {
-    let mut update = Update {
-        machine,
-        guest,
-        channel,
-        offer,
-        observer,
-        timeline: Timeline::default(),
-        successor_pid: 0,
-        freezes: Vec::new(),
-        paused_ns: None,
-        sealed: false,
-    };
+    let mut update = Update::new(machine, guest, channel, offer, observer);
     match update.prepare().and_then(|()| update.pause_and_seal()) {
         Ok(()) => update.finish(),
         Err(reason) => update.go_back(reason),
     }
 }
 
-impl<G: Guest> Update<'_, G> {
+/// Has the process at the other end of `channel` get ready to take the machine over, as [`hand_over`] does, and goes
+/// no further: it can read the formats, has accepted the memory and made its VM. The guest runs all the time.
+///
+/// # Errors
+/// [`Reason`]: why that process could not take the machine over.
+pub fn rehearse(
+    machine: &mut Machine,
+    channel: &Channel,
+    offer: &Offer<'_>,
+    observer: &mut dyn Observer,
+) -> Result<(), Reason> {
+    let mut nobody = NoGuest;
+    let mut update = Update::new(machine, &mut nobody, channel, offer, observer);
+    let prepared = update.prepare();
+    match &prepared {
+        Ok(()) => {
+            // It ends by itself, told or not.
+            let soon = Deadline::after(DEATH);
+            let _ = message::send(channel, &Message::Rehearsed, &[], soon);
+        }
+        Err(reason) => message::refuse(channel, &format!("the rehearsal is off: {reason}")),
+    }
+    if let Err(error) = update.machine.release_fds() {
+        warn!(error = &error as &dyn StdError, "the descriptors that were to go stay in the session for now");
+    }
+    prepared
+}
+
+/// In a rehearsal nobody asks the guest for anything.
+struct NoGuest;
+
+impl Guest for NoGuest {
+    type Error = Infallible;
+
+    fn pause(&mut self) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<(StateName, Vec<u8>)>, Infallible> {
+        Ok(Vec::new())
+    }
+
+    fn resume(&mut self) -> Result<(), Infallible> {
+        Ok(())
+    }
+}
+
+impl<'a, G: Guest> Update<'a, G> {
+    fn new(
+        machine: &'a mut Machine,
+        guest: &'a mut G,
+        channel: &'a Channel,
+        offer: &'a Offer<'a>,
+        observer: &'a mut dyn Observer,
+    ) -> Self {
+        Self {
+            machine,
+            guest,
+            channel,
+            offer,
+            observer,
+            timeline: Timeline::default(),
+            successor_pid: 0,
+            freezes: Vec::new(),
+            paused_ns: None,
+            sealed: false,
+        }
+    }
+
     fn reached(&mut self, step: Step) {
         self.timeline.note(step, monotonic_ns());
         self.observer.reached(step);
@@ -227,13 +296,14 @@ impl<G: Guest> Update<'_, G> {
     fn prepare(&mut self) -> Result<(), Reason> {
         let deadline = Deadline::after(self.offer.timeouts.prepare);
         self.channel.require_same_user().map_err(Reason::Peer)?;
+        self.machine.keep_fds(&self.offer.fds, &crate::CAPABILITIES).map_err(Reason::Fds)?;
         self.agree(deadline)?;
-        let freeze = |memory: &machine::Memory| memory.inode.freeze().map_err(Reason::Freeze);
-        self.freezes = self.machine.memories().iter().map(freeze).collect::<Result<_, _>>()?;
         let link = |step| move |source| Reason::Link { step, source };
-        let mut fds: Vec<BorrowedFd<'_>> = self.machine.regions().map(AsFd::as_fd).collect();
-        fds.extend(self.offer.descriptors.iter().map(|(_, fd)| *fd));
-        message::send(self.channel, &Message::Memory, &fds, deadline).map_err(link(Step::Received))?;
+        let fds = self.machine.descriptors().map_err(Reason::Descriptors)?;
+        for fds in fds.chunks(MAX_MESSAGE_FDS) {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            message::send(self.channel, &Message::Memory, &fds, deadline).map_err(link(Step::Received))?;
+        }
         let warm = message::receive(self.channel, "warm", deadline).map_err(link(Step::Warm))?;
         if let Message::Warm { steps } = warm {
             self.note(&steps, Step::Offered, Step::Attached);
@@ -272,7 +342,7 @@ impl<G: Guest> Update<'_, G> {
             identity: self.machine.identity().to_string(),
             formats,
             regions: self.machine.regions().map(region::Region::len_bytes).collect(),
-            descriptors: self.offer.descriptors.iter().map(|(name, _)| name.clone()).collect(),
+            descriptors: self.machine.fd_count(),
             vmm: self.offer.vmm.clone(),
         };
         message::send(self.channel, &offer, &[], deadline).map_err(link(Step::Offered))?;
@@ -281,8 +351,11 @@ impl<G: Guest> Update<'_, G> {
         Ok(())
     }
 
-    /// The predecessor's half of the pause.
+    /// The predecessor's half of the pause. The freeze comes right before it: who faults on a hole from then on stands
+    /// still, and that is to be as short as the pause.
     fn pause_and_seal(&mut self) -> Result<(), Reason> {
+        let freeze = |memory: &machine::Memory| memory.inode.freeze().map_err(Reason::Freeze);
+        self.freezes = self.machine.memories().iter().map(freeze).collect::<Result<_, _>>()?;
         let failed = |step| move |source: G::Error| Reason::Guest { step, source: Box::new(source) };
         self.paused_ns = Some(monotonic_ns());
         self.guest.pause().map_err(failed(Step::Paused))?;
@@ -380,6 +453,12 @@ impl<G: Guest> Update<'_, G> {
                 }
                 Err(source) => return Err(Fatal::Ownership { reason: Box::new(reason), source }),
             }
+        }
+        if let Err(error) = self.machine.release_fds() {
+            warn!(
+                error = &error as &dyn StdError,
+                "the descriptors that were to go stay in the session for now"
+            );
         }
         // Nobody waits at a hole any more when the guest runs on.
         self.freezes.clear();

@@ -3,7 +3,10 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -131,6 +134,43 @@ impl Program {
             .spawn()
             .map_err(|source| ProgramError::Start { path: self.path.clone(), source })?;
         Ok((ours, Started { child: Some(child) }))
+    }
+
+    /// Has this process execute it with `arguments`. Returns only if that fails.
+    pub fn execute<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> ProgramError {
+        let source = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+            .arg0(&self.path)
+            .args(arguments)
+            .exec();
+        ProgramError::Start { path: self.path.clone(), source }
+    }
+
+    /// The program that this process executes now, whatever lies at its path meanwhile.
+    ///
+    /// # Errors
+    /// [`ProgramError::Open`] if the kernel does not give it.
+    pub fn running() -> Result<Self, ProgramError> {
+        let path = Self::this_path().unwrap_or_default();
+        match File::open("/proc/self/exe") {
+            Ok(file) => Ok(Self { path, file }),
+            Err(source) => Err(ProgramError::Open { path, source }),
+        }
+    }
+
+    /// The program that was opened as `file` by another process or program, and lies at `path`.
+    pub fn opened(path: PathBuf, file: OwnedFd) -> Self {
+        Self { path, file: file.into() }
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for Program {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -20,6 +20,7 @@ use machine::AttachError;
 use machine::ClaimError;
 use machine::Claimed;
 use machine::Incoming;
+use machine::MAX_FDS;
 use machine::Machine;
 use machine::OfferedRegion;
 use machine::SettleError;
@@ -75,6 +76,12 @@ pub enum SuccessorError {
         /// Came.
         came: usize,
     },
+    /// More descriptors than a machine can have.
+    #[error("{descriptors} descriptors are to come with the machine, and at most {MAX_FDS} can")]
+    TooManyFds {
+        /// Announced.
+        descriptors: usize,
+    },
     /// The regions are not those of a machine.
     #[error("cannot accept the machine")]
     Attach(#[source] AttachError),
@@ -87,6 +94,13 @@ pub enum SuccessorError {
     /// The predecessor took the machine back.
     #[error("the machine was taken back")]
     Run(#[source] OwnershipError),
+}
+
+impl SuccessorError {
+    /// It was a rehearsal: nothing went wrong, and nothing is left to do.
+    pub fn is_rehearsed(&self) -> bool {
+        matches!(self, Self::Link { source: LinkError::Rehearsed, .. })
+    }
 }
 
 /// The machine runs here, and is not ready for another update: its next seal tries again.
@@ -107,7 +121,7 @@ pub struct Successor {
     timeouts: Timeouts,
     timeline: Timeline,
     regions: Vec<u64>,
-    descriptors: Vec<String>,
+    descriptors: usize,
     vmm: serde_json::Value,
 }
 
@@ -161,6 +175,9 @@ impl Successor {
         if protocol != PROTOCOL {
             return Err(successor.refuse(link(Step::Offered)(LinkError::Protocol { theirs: protocol })));
         }
+        if descriptors > MAX_FDS {
+            return Err(successor.refuse(SuccessorError::TooManyFds { descriptors }));
+        }
         let unread = formats.iter().filter(|format| !reads.contains(format));
         let unread: Vec<String> = unread.map(|format| message::shown(format)).collect();
         if !unread.is_empty() {
@@ -185,28 +202,38 @@ impl Successor {
     /// [`SuccessorError`]
     pub fn attach(mut self, observer: &mut dyn Observer) -> Result<Attached, SuccessorError> {
         let deadline = Deadline::after(self.timeouts.prepare);
-        let memory = message::receive_with(&self.channel, "memory", MAX_MESSAGE_FDS, deadline);
-        let (_, fds) = memory.map_err(link(Step::Received))?;
-        let (came, announced) = (fds.len(), self.regions.len() + self.descriptors.len());
-        if came != announced {
-            return Err(self.refuse(SuccessorError::Descriptors { announced, came }));
-        }
+        let mut fds = self.receive_descriptors(deadline)?;
         reached(&mut self.timeline, observer, Step::Received);
-        let mut fds = fds.into_iter();
-        let regions =
-            self.regions.iter().zip(fds.by_ref()).map(|(len, fd)| OfferedRegion { fd, len_bytes: *len });
-        let incoming = Incoming::attach(regions.collect());
+        let others = fds.split_off(self.regions.len());
+        let regions = fds.into_iter().zip(&self.regions);
+        let regions = regions.map(|(fd, len_bytes)| OfferedRegion { fd, len_bytes: *len_bytes });
+        let incoming = Incoming::attach(regions.collect(), others);
         let incoming = incoming.map_err(|error| self.refuse(SuccessorError::Attach(error)))?;
         reached(&mut self.timeline, observer, Step::Attached);
-        let descriptors = self.descriptors.drain(..).zip(fds).collect();
         Ok(Attached {
             channel: self.channel,
             timeouts: self.timeouts,
             timeline: self.timeline,
             incoming,
-            descriptors,
             vmm: self.vmm,
         })
+    }
+
+    /// As many descriptors as were announced, in as many messages as that takes.
+    fn receive_descriptors(&self, deadline: Deadline) -> Result<Vec<OwnedFd>, SuccessorError> {
+        let announced = self.regions.len().saturating_add(self.descriptors);
+        let mut fds = Vec::new();
+        while fds.len() < announced {
+            let due = (announced - fds.len()).min(MAX_MESSAGE_FDS);
+            let memory = message::receive_with(&self.channel, "memory", MAX_MESSAGE_FDS, deadline);
+            let (_, came) = memory.map_err(link(Step::Received))?;
+            if came.len() != due {
+                let came = fds.len() + came.len();
+                return Err(self.refuse(SuccessorError::Descriptors { announced, came }));
+            }
+            fds.extend(came);
+        }
+        Ok(fds)
     }
 }
 
@@ -243,7 +270,6 @@ pub struct Attached {
     timeouts: Timeouts,
     timeline: Timeline,
     incoming: Incoming,
-    descriptors: BTreeMap<String, OwnedFd>,
     vmm: serde_json::Value,
 }
 
@@ -253,14 +279,14 @@ impl Attached {
         &self.incoming
     }
 
+    /// The machine, to take descriptors from that came with it.
+    pub fn incoming_mut(&mut self) -> &mut Incoming {
+        &mut self.incoming
+    }
+
     /// What the predecessor's VMM tells.
     pub fn vmm(&self) -> &serde_json::Value {
         &self.vmm
-    }
-
-    /// Takes the descriptor of this name that came with the machine.
-    pub fn take_descriptor(&mut self, name: &str) -> Option<OwnedFd> {
-        self.descriptors.remove(name)
     }
 
     /// Enters the pages of guest memory that are present into this process's page tables, so that the guest does
