@@ -1,6 +1,7 @@
 //! What the command line says.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use clap::Parser;
@@ -8,6 +9,7 @@ use clap::Subcommand;
 use clap::ValueEnum;
 
 use crate::size;
+use crate::time;
 
 /// Replaces the VMM under a running guest, its memory kept in place.
 #[derive(Debug, Parser)]
@@ -20,8 +22,202 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Demo(Demo),
+    Run(Run),
+    Ls(Ls),
+    Status(Status),
+    Update(Update),
+    Pause(Pause),
+    Resume(Resume),
+    Stop(Stop),
+    Completions(Completions),
+    Man(Man),
     #[command(hide = true)]
     Vmm(Vmm),
+}
+
+/// How every verb on a machine ends.
+const EXIT_CODES: &str = "\
+Exit code: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if there is no such machine, 4 if an update was called
+off and the guest runs on as before, 5 if the guest crashed.";
+
+fn after(example: &str) -> String {
+    format!("{EXIT_CODES}\n\nExample: {example}")
+}
+
+/// Starts a machine, which lives on when this command ends.
+///
+/// Its control socket and its log lie in a directory of the user's own: $TIDEOVER_DIR, else $XDG_RUNTIME_DIR/tideover, else
+/// /run/tideover (root) or /tmp/tideover-UID.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover run web1 --memory 2GiB && tideover update web1 && tideover stop web1"))]
+pub(crate) struct Run {
+    /// The machine's name: letters, digits, `.`, `_` and `-`.
+    pub(crate) name: String,
+    /// Guest memory: 4MiB to 64GiB, in whole 2 MiB.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::guest_memory)]
+    pub(crate) memory: u64,
+    /// Which guest; kvm if there is /dev/kvm.
+    #[arg(long, value_enum)]
+    pub(crate) guest: Option<Guest>,
+    /// What the guest's memory comes from.
+    #[arg(long, value_enum, default_value_t = Store::Memfd)]
+    pub(crate) store: Store,
+    /// Page size of the guest's memory.
+    #[arg(long, value_enum, default_value_t = PageSize::Auto)]
+    pub(crate) page_size: PageSize,
+    /// Which NUMA nodes the memory comes from: bind:, interleave: or preferred: and a list, as bind:0,2-3.
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) numa: Option<String>,
+    /// Leave the guest's pages to its first touch.
+    #[arg(long)]
+    pub(crate) on_demand: bool,
+    /// When the guest switches itself off.
+    #[arg(long, value_enum, default_value_t = Then::Stop)]
+    pub(crate) on_power_off: Then,
+    /// When the guest asks for a reset.
+    #[arg(long, value_enum, default_value_t = Then::Restart)]
+    pub(crate) on_reset: Then,
+    /// When the guest does what no guest may do, as a triple fault.
+    #[arg(long, value_enum, default_value_t = Then::Stop)]
+    pub(crate) on_crash: Then,
+    /// Another program that the machine may be updated to, beside the file that this one was started from.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) allow_program: Vec<PathBuf>,
+    /// Stay until the guest ends, and end as it does. The machine does not end with this command.
+    #[arg(long)]
+    pub(crate) foreground: bool,
+    /// Give the machine's status as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Lists the machines of this user.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover ls --json | jq -r '.[].name'"))]
+pub(crate) struct Ls {
+    /// Give the list as JSON: the fields of `status`, and `name` and `state` alone of a machine that does not answer.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Says how a machine is.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover status web1"))]
+pub(crate) struct Status {
+    /// The machine.
+    pub(crate) name: String,
+    /// Give the status as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Replaces a machine's VMM, its memory kept in place.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover update web1 --program /usr/bin/tideover --timeout 500ms"))]
+pub(crate) struct Update {
+    /// The machine.
+    pub(crate) name: String,
+    /// The program to update to [default: the file that the machine's VMM was started from, as it is now].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) program: Option<PathBuf>,
+    /// How the machine gets to the new program.
+    #[arg(long, value_enum, default_value_t = Carrier::Socket)]
+    pub(crate) carrier: Carrier,
+    /// How long the guest may stand still before the update is called off.
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = time::parse)]
+    pub(crate) timeout: Duration,
+    /// Do not enter the guest's pages into the successor's page tables before the pause.
+    #[arg(long)]
+    pub(crate) no_populate: bool,
+    /// Give the report as JSON: an element of `updates` in docs/demo.schema.json.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A machine, and how to tell of it.
+#[derive(Debug, Args)]
+pub(crate) struct Machine {
+    /// The machine.
+    pub(crate) name: String,
+    /// Give the machine's status as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Has a machine's guest stand still until it is resumed. An update leaves it so.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover pause web1"))]
+pub(crate) struct Pause {
+    #[command(flatten)]
+    pub(crate) machine: Machine,
+}
+
+/// Lets a machine's guest run on.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover resume web1"))]
+pub(crate) struct Resume {
+    #[command(flatten)]
+    pub(crate) machine: Machine,
+}
+
+/// Ends a machine: its guest, its VMM and its memory.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover stop web1"))]
+pub(crate) struct Stop {
+    #[command(flatten)]
+    pub(crate) machine: Machine,
+}
+
+/// Writes a completion script for a shell to standard output.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: tideover completions bash > /etc/bash_completion.d/tideover")]
+pub(crate) struct Completions {
+    /// The shell.
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Writes the manual pages, one for each verb, into a directory.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: tideover man /usr/local/share/man/man1")]
+pub(crate) struct Man {
+    /// The directory. It is made if it is not there.
+    pub(crate) directory: PathBuf,
+}
+
+/// How a machine gets to its next VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Carrier {
+    /// To another process, both alive at once: the shortest pause.
+    Socket,
+    /// By execve: the process and its number stay.
+    Exec,
+}
+
+impl Carrier {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Socket => "socket",
+            Self::Exec => "exec",
+        }
+    }
+
+    pub(crate) fn of_request(self) -> ::vmm::control::Carrier {
+        match self {
+            Self::Socket => ::vmm::control::Carrier::Socket,
+            Self::Exec => ::vmm::control::Carrier::Exec,
+        }
+    }
+}
+
+/// What to do when the guest ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Then {
+    /// The machine ends.
+    Stop,
+    /// The guest starts again from the beginning, in memory that is zero.
+    Restart,
+    /// The machine stays as it is, with its guest standing still.
+    Keep,
 }
 
 /// Starts a guest, replaces its VMM a few times, and proves that no byte was lost.
@@ -38,18 +234,24 @@ pub(crate) struct Demo {
     /// Guest memory: 4MiB to 64GiB, in whole 2 MiB.
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::guest_memory)]
     pub(crate) memory: u64,
-    /// How many times to replace the VMM.
+    /// How many times to replace the VMM: 1 to 100000.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) updates: u32,
     /// Which guest; kvm if there is /dev/kvm.
     #[arg(long, value_enum)]
     pub(crate) guest: Option<Guest>,
-    /// Page size of the guest's memory; huge as far as they can be had.
+    /// What the guest's memory comes from.
+    #[arg(long, value_enum, default_value_t = Store::Memfd)]
+    pub(crate) store: Store,
+    /// Page size of the guest's memory.
     #[arg(long, value_enum, default_value_t = PageSize::Auto)]
     pub(crate) page_size: PageSize,
     /// Leave the guest's pages to its first touch.
     #[arg(long)]
     pub(crate) on_demand: bool,
+    /// How the machine gets to its next VMM.
+    #[arg(long, value_enum, default_value_t = Carrier::Socket)]
+    pub(crate) carrier: Carrier,
     /// Do not enter the guest's pages into the successor's page tables before the pause.
     #[arg(long)]
     pub(crate) no_populate: bool,
@@ -68,14 +270,28 @@ pub(crate) enum Guest {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PageSize {
-    /// 2 MiB, as far as they can be had.
+    /// What suits the store: 2 MiB as far as they can be had; 4 KiB of a guest_memfd.
     Auto,
     /// 4 KiB.
     #[value(name = "4KiB")]
     Small,
-    /// 2 MiB, as far as they can be had.
+    /// 2 MiB: of a memfd as far as they can be had, of hugetlb all of them.
     #[value(name = "2MiB")]
     Huge,
+    /// 1 GiB, of hugetlb alone.
+    #[value(name = "1GiB")]
+    Giant,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Store {
+    /// A memory file, its pages huge where that can be had.
+    Memfd,
+    /// A file of KVM's, made by the machine's first VM (Linux 6.18).
+    #[value(name = "guest_memfd")]
+    GuestMemfd,
+    /// Huge pages that the host has set aside (vm.nr_hugepages).
+    Hugetlb,
 }
 
 /// Runs as the VMM of one machine. Started by other verbs, not by hand.
@@ -92,12 +308,21 @@ pub(crate) enum Life {
         /// The machine, as JSON.
         #[arg(long)]
         spec: String,
+        /// Leave the terminal and the session that this was started in.
+        #[arg(long)]
+        detach: bool,
+        /// Another program that the machine may be updated to.
+        #[arg(long)]
+        allow_program: Vec<PathBuf>,
     },
     /// Take a machine over from the VMM at the other end of standard input.
     Succeed {
         /// Connect to the VMM that listens here instead.
         #[arg(long, value_name = "PATH")]
         connect: Option<PathBuf>,
+        /// Run the machine of the program that this process executed before, which has left a hand-off in this descriptor.
+        #[arg(long, value_name = "FD", conflicts_with = "connect")]
+        handoff: Option<i32>,
     },
 }
 

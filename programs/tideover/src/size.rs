@@ -2,8 +2,12 @@
 
 /// Bytes of a text as `64MiB`, `1GiB`, `4096`.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
+    let text = text.trim();
     let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
+    if number.is_empty() || unit.starts_with('.') {
+        return Err("a size is a whole number and a unit, as 1536MiB".to_owned());
+    }
     let shift = match unit.trim() {
         "" | "B" => 0,
         "K" | "KiB" => 10,
@@ -12,7 +16,7 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
         "T" | "TiB" => 40,
         other => return Err(format!("unknown unit `{other}`: use KiB, MiB, GiB or TiB")),
     };
-    let number: u64 = number.parse().map_err(|_| "a size is a number and a unit, as 64MiB".to_owned())?;
+    let number: u64 = number.parse().map_err(|_| "larger than any memory".to_owned())?;
     number.checked_mul(1 << shift).ok_or_else(|| "larger than any memory".to_owned())
 }
 
@@ -46,7 +50,9 @@ mod tests {
         assert_eq!(parse("1G"), Ok(1 << 30));
         assert_eq!(parse("4096"), Ok(4096));
         assert!(parse("").is_err() && parse("GiB").is_err() && parse("5GB").is_err());
-        assert!(parse("99999999999TiB").is_err());
+        assert_eq!(parse(" 64 MiB"), Ok(64 << 20));
+        assert!(parse("1.5GiB").unwrap_err().contains("whole number"));
+        assert!(parse("99999999999TiB").is_err() && parse("99999999999999999999").is_err());
         assert_eq!(guest_memory("64GiB"), Ok(64 << 30));
         assert!(["2MiB", "5MiB", "65GiB"].into_iter().all(|text| guest_memory(text).is_err()));
         assert_eq!([show(1 << 30), show(1536 << 20), show(5)], ["1 GiB", "1536 MiB", "5 bytes"]);

@@ -1,5 +1,6 @@
 //! The demo's result for people.
 
+use ::vmm::control::GuestKind;
 use ::vmm::control::UpdateOutcome;
 use ::vmm::control::UpdateReport;
 use comfy_table::CellAlignment;
@@ -34,8 +35,12 @@ pub(crate) fn show(result: &Result) -> String {
         }
     });
     let mut text = format!("{}\n{table}\n", heading(result));
-    for update in result.updates.iter().filter(|update| update.reason.is_some()) {
-        text += &format!("rolled back: {}\n", update.reason.as_deref().unwrap_or_default());
+    for (number, update) in (1..).zip(&result.updates) {
+        let reason = update.reason.iter().map(|reason| match update.outcome {
+            UpdateOutcome::Updated => format!("update {number}: {reason}\n"),
+            UpdateOutcome::RolledBack => format!("update {number} was rolled back: {reason}\n"),
+        });
+        text.extend(reason);
     }
     text += &phases(result);
     text += &verdict(result);
@@ -51,16 +56,20 @@ fn heading(result: &Result) -> String {
     let refused = result.huge_refused.map(std::io::Error::from_raw_os_error);
     let pages =
         refused.map_or(pages.clone(), |why| format!("{pages}; the host refused more huge ones: {why}"));
-    let guest = match result.guest {
-        ::vmm::control::GuestKind::Kvm => "KVM guest",
-        ::vmm::control::GuestKind::Thread => "Guest that is a thread (no KVM)",
-    };
+    let guest = guest(result.guest);
     format!(
         "{guest}, {} of memory ({pages}), store {}, carrier {}",
         size::show(result.memory_bytes),
         result.store,
         result.carrier
     )
+}
+
+pub(crate) fn guest(kind: GuestKind) -> &'static str {
+    match kind {
+        GuestKind::Kvm => "KVM guest",
+        GuestKind::Thread => "guest that is a thread (no KVM)",
+    }
 }
 
 fn row(number: u32, update: &UpdateReport) -> [String; 8] {
@@ -80,7 +89,7 @@ fn row(number: u32, update: &UpdateReport) -> [String; 8] {
     ]
 }
 
-fn millis(us: f64) -> String {
+pub(crate) fn millis(us: f64) -> String {
     format!("{:.2} ms", us / 1000.0)
 }
 
@@ -107,13 +116,37 @@ fn verdict(result: &Result) -> String {
         result.pages_checked, result.pages_lost
     );
     if let Some(us) = result.time_to_full_speed_us {
-        text += &format!("time to full speed after an update: {} (from a sample of pages)\n", millis(us));
+        let took = match us > 0.0 {
+            true => millis(us),
+            false => "too short to tell".to_owned(),
+        };
+        text += &format!("time to full speed after an update: {took} (from a sample of pages)\n");
     }
     let updated = result.updates.iter().filter(|update| update.outcome == UpdateOutcome::Updated).count();
     let all = result.updates.len();
     text += &match result.verified {
         true => format!("verified: {updated} of {all} updates, and no byte was lost\n"),
-        false => format!("NOT verified: {updated} of {all} updates, {} pages lost\n", result.pages_lost),
+        false => format!("NOT verified: {updated} of {all} updates; {}\n", wrong(result).join(", ")),
     };
     text
+}
+
+/// Everything that keeps a result from being verified.
+fn wrong(result: &Result) -> Vec<String> {
+    let not_updated = |update: &&UpdateReport| update.outcome == UpdateOutcome::RolledBack;
+    let stood =
+        |update: &&UpdateReport| !not_updated(update) && update.ticks_after <= Some(update.ticks_before);
+    let count = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
+    let found = [
+        (count(result.updates.iter().filter(not_updated).count()), "updates rolled back"),
+        (
+            count(result.updates.iter().filter(stood).count()),
+            "updates after which the guest did not count on",
+        ),
+        (result.pages_lost, "pages lost"),
+        (result.guest_errors, "wrong words found by the guest"),
+        (result.registers_lost, "times that its registers were lost"),
+        (u64::from(result.pages_checked == 0), "check that looked at no page"),
+    ];
+    found.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect()
 }

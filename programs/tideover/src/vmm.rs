@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use ::vmm::Start;
+use anyhow::Context as _;
 use machine::update::Step;
 use socket::Timeouts;
 use tracing::debug;
@@ -11,14 +12,20 @@ use crate::cli::Life;
 use crate::cli::Vmm;
 
 pub(crate) fn vmm(arguments: Vmm) -> anyhow::Result<ExitCode> {
+    // A successor is executed through a descriptor, and would be called by its number.
+    rustix::thread::set_name(c"tideover-vmm").context("cannot take a name")?;
     match arguments.life {
-        Life::Run { spec } => {
+        Life::Run { spec, detach, allow_program } => {
+            if detach {
+                rustix::process::setsid().context("cannot leave the session")?;
+            }
             // By default a machine is updated to the program at the path that it was started from.
-            let programs = vec![socket::Program::this_path()?];
+            let programs = [socket::Program::this_path()?].into_iter().chain(allow_program).collect();
             ::vmm::run(&serde_json::from_str(&spec)?, programs)?;
         }
-        Life::Succeed { connect } => {
-            let start = connect.map_or(Start::Started, Start::Connect);
+        Life::Succeed { connect, handoff } => {
+            let start =
+                connect.map(Start::Connect).or(handoff.map(Start::Executed)).unwrap_or(Start::Started);
             ::vmm::succeed(&start, Timeouts::default(), &mut |step: Step| debug!(%step, "successor"))?;
         }
     }

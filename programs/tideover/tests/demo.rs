@@ -56,7 +56,7 @@ fn check(schema: &Value, value: &Value, path: &str) {
     fields.iter().for_each(|(name, field)| check(&known[name], field, &format!("{path}.{name}")));
 }
 
-fn check_demo(result: &Value, updates: usize, memory_bytes: u64) {
+fn check_result(result: &Value, updates: usize, memory_bytes: u64) {
     let schema: Value = serde_json::from_str(include_str!("../../../docs/demo.schema.json")).unwrap();
     check(&schema, result, "result");
     assert_eq!(result["verified"], true);
@@ -69,7 +69,6 @@ fn check_demo(result: &Value, updates: usize, memory_bytes: u64) {
         assert_eq!(pair[0]["successor_pid"], pair[1]["predecessor_pid"]);
     }
     for update in list {
-        assert_ne!(update["predecessor_pid"], update["successor_pid"]);
         assert!(update["ticks_after"].as_u64() > update["ticks_before"].as_u64());
         let phases: BTreeSet<&str> =
             update["phases_us"].as_object().unwrap().keys().map(String::as_str).collect();
@@ -83,13 +82,13 @@ fn check_demo(result: &Value, updates: usize, memory_bytes: u64) {
 
 #[test]
 fn a_thread_lives_through_three_updates_and_the_json_fits_its_schema() {
-    check_demo(&demo_json(&["--guest", "thread", "--memory", "16MiB", "--updates", "3"]), 3, 16 << 20);
+    check_result(&demo_json(&["--guest", "thread", "--memory", "16MiB", "--updates", "3"]), 3, 16 << 20);
 }
 
 #[test]
 fn a_vm_lives_through_three_updates_and_the_json_fits_its_schema() {
     harness::need!(kvm);
-    check_demo(&demo_json(&["--guest", "kvm", "--memory", "64MiB", "--updates", "3"]), 3, 64 << 20);
+    check_result(&demo_json(&["--guest", "kvm", "--memory", "64MiB", "--updates", "3"]), 3, 64 << 20);
 }
 
 #[test]
@@ -98,8 +97,59 @@ fn a_vm_of_small_pages_given_on_demand_lives_through_updates() {
     let small =
         ["--guest", "kvm", "--memory", "32MiB", "--updates", "2", "--page-size", "4KiB", "--on-demand"];
     let result = demo_json(&small);
-    check_demo(&result, 2, 32 << 20);
+    check_result(&result, 2, 32 << 20);
     assert_eq!(result["huge_bytes"], 0);
+}
+
+/// Updates a small guest of this kind, its memory from this store, by each carrier.
+fn by_each_carrier(guest: &str, store: &str) {
+    for carrier in ["socket", "exec"] {
+        let arguments =
+            ["--guest", guest, "--store", store, "--carrier", carrier, "--memory", "16MiB", "--updates", "2"];
+        let result = demo_json(&arguments);
+        check_result(&result, 2, 16 << 20);
+        assert_eq!((&result["store"], &result["carrier"]), (&store.into(), &carrier.into()));
+        for update in result["updates"].as_array().unwrap() {
+            let same = update["predecessor_pid"] == update["successor_pid"];
+            assert_eq!(same, carrier == "exec");
+        }
+    }
+}
+
+#[test]
+fn a_thread_in_a_memfd_is_updated_by_each_carrier() {
+    by_each_carrier("thread", "memfd");
+}
+
+#[test]
+fn a_vm_in_a_memfd_is_updated_by_each_carrier() {
+    harness::need!(kvm);
+    by_each_carrier("kvm", "memfd");
+}
+
+#[test]
+fn a_vm_in_a_guest_memfd_is_updated_by_each_carrier() {
+    harness::need!(kvm, guest_memfd);
+    by_each_carrier("kvm", "guest_memfd");
+}
+
+#[test]
+fn a_vm_in_huge_pages_of_the_hosts_is_updated_by_each_carrier() {
+    harness::need!(kvm, hugetlb);
+    by_each_carrier("kvm", "hugetlb");
+}
+
+#[test]
+fn memory_that_no_store_has_is_refused_with_what_to_do() {
+    for (store, pages, remedy) in [
+        ("memfd", "1GiB", "use --store hugetlb"),
+        ("hugetlb", "4KiB", "use --store memfd"),
+        ("guest_memfd", "2MiB", "use --store memfd or hugetlb"),
+    ] {
+        let output = tideover(&["demo", "--memory", "8MiB", "--store", store, "--page-size", pages]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains(remedy), "{output:?}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What a VMM is told, and what it answers: JSON, one message a packet of a Unix socket.
 //!
-//! One request is under way at a time; the answer may come from the next VMM's life.
+//! Of each connection one request is under way at a time; the answer may come from the next VMM's life.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,6 +15,8 @@ use fdpass::ReceiveError;
 use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+pub use crate::guest::End;
 
 /// Which guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +36,32 @@ pub enum Pages {
     Huge,
     /// 4 KiB.
     Small,
+    /// 1 GiB, from the host's pool.
+    Giant,
+}
+
+/// What guest memory comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Store {
+    /// A memfd.
+    Memfd,
+    /// A guest_memfd, which the machine's first VM makes.
+    GuestMemfd,
+    /// Huge pages from the host's pool.
+    Hugetlb,
+}
+
+/// What to do when the guest ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Then {
+    /// The machine ends.
+    Stop,
+    /// The guest starts again from the beginning, in memory that is zero.
+    Restart,
+    /// The machine stays as it is, with its guest standing still.
+    Keep,
 }
 
 /// What machine to make.
@@ -45,20 +73,64 @@ pub struct MachineSpec {
     pub memory_bytes: u64,
     /// The pages to ask for.
     pub pages: Pages,
+    /// What the memory comes from.
+    pub store: Store,
+    /// Which NUMA nodes it comes from: `bind:`, `interleave:` or `preferred:` and a list as `0,2-3`; from where the
+    /// guest touches it, if there is none.
+    pub numa: Option<String>,
     /// Give all pages memory before the guest runs.
     pub prefault: bool,
     /// The guest.
     pub guest: GuestKind,
+    /// Where it is controlled, in a private directory. Without, the machine ends when nobody is connected any more.
+    pub socket: Option<PathBuf>,
+    /// When the guest switches itself off.
+    pub on_power_off: Then,
+    /// When the guest asks for a reset.
+    pub on_reset: Then,
+    /// When the guest does what no guest may do, as a triple fault.
+    pub on_crash: Then,
+}
+
+impl MachineSpec {
+    /// A machine of `memory_bytes` bytes without a control socket, as small as that can be said.
+    pub fn new(name: &str, memory_bytes: u64, guest: GuestKind) -> Self {
+        Self {
+            name: name.to_owned(),
+            memory_bytes,
+            pages: Pages::Small,
+            store: Store::Memfd,
+            numa: None,
+            prefault: true,
+            guest,
+            socket: None,
+            on_power_off: Then::Stop,
+            on_reset: Then::Restart,
+            on_crash: Then::Stop,
+        }
+    }
 }
 
 /// How a successor comes to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
+    /// The VMM starts the program at the path that it was started from itself, as it is by now.
+    Own,
     /// The VMM starts this program.
     Program(PathBuf),
     /// Somebody else starts it, and it connects to a socket at this path.
     Listen(PathBuf),
+}
+
+/// How the machine gets to its next VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Carrier {
+    /// To another process, both alive at once.
+    Socket,
+    /// This process executes the next VMM's program.
+    Exec,
 }
 
 /// An update that is asked for.
@@ -66,6 +138,8 @@ pub enum Source {
 pub struct UpdateRequest {
     /// Where the successor comes from.
     pub successor: Source,
+    /// How the machine gets there. Only a program can be executed.
+    pub carrier: Carrier,
     /// Enter present pages into the successor's page tables before the pause.
     pub populate: bool,
     /// Measure what the guest's first touches cost after the update.
@@ -86,21 +160,49 @@ pub enum Request {
     Update(UpdateRequest),
     /// Have the guest check all of its memory, then check it from outside while it stands still.
     Check,
+    /// Have the guest stand still, until it is resumed. Updates leave it so.
+    Pause,
+    /// Let the guest run on.
+    Resume,
+    /// Answer when the guest ends, and how.
+    Wait,
     /// End the guest and the VMM.
     Stop,
+}
+
+/// What the guest is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestState {
+    /// It runs.
+    Running,
+    /// It stands still until it is resumed.
+    Paused,
+    /// It has ended by itself.
+    Ended,
 }
 
 /// How the guest is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// The machine's name.
+    pub name: String,
     /// The process that runs it.
     pub pid: u32,
+    /// What the guest is doing.
+    pub state: GuestState,
+    /// How many times its VMM was replaced.
+    pub updates: u64,
+    /// How long ago the machine was made, in milliseconds.
+    pub age_ms: u64,
     /// The machine's identity, as hex.
     pub identity: String,
     /// The guest.
     pub guest: GuestKind,
     /// Its memory, in bytes.
     pub memory_bytes: u64,
+    /// What its memory comes from.
+    pub store: Store,
     /// The page size asked for, in bytes.
     pub page_size: u64,
     /// Bytes of its memory that this process has mapped in huge pages.
@@ -196,14 +298,20 @@ pub enum Answer {
         /// Of.
         of: u64,
     },
-    /// The guest runs.
-    Status(Status),
+    /// How the guest is.
+    Status(Box<Status>),
     /// An update ended.
     Update(Box<UpdateReport>),
     /// A check ended.
     Check(CheckReport),
+    /// The guest stands still.
+    Paused,
+    /// The guest runs on.
+    Resumed,
     /// The guest has ended, and the VMM is about to.
     Stopped,
+    /// The guest has ended by itself, and the VMM is about to.
+    Ended(End),
     /// It could not be done.
     Error(String),
 }
@@ -234,12 +342,29 @@ pub fn receive<T: DeserializeOwned>(channel: &Channel, deadline: Deadline) -> an
 #[derive(Debug)]
 pub struct Client {
     channel: Channel,
+    patience: Option<Duration>,
 }
 
 impl Client {
-    /// Speaks to the VMM at the other end.
+    /// Speaks to the VMM at the other end, and waits for its answers as long as it lives.
     pub fn new(channel: Channel) -> Self {
-        Self { channel }
+        Self { channel, patience: None }
+    }
+
+    /// Waits no longer than this for each answer.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience: Some(patience), ..self }
+    }
+
+    /// Waits until the VMM closes the connection, which it does when it ends.
+    ///
+    /// # Errors
+    /// If that takes longer than this waits for an answer.
+    pub fn await_end(&self) -> anyhow::Result<()> {
+        let deadline = self.patience.map_or(Deadline::never(), Deadline::after);
+        while receive::<serde_json::Value>(&self.channel, deadline)?.is_some() {}
+        Ok(())
     }
 
     /// Waits for the next answer; what comes before it goes to `progress`.
@@ -248,7 +373,8 @@ impl Client {
     /// If the VMM is gone, or says that it cannot.
     pub fn answer(&self, progress: &mut dyn FnMut(&str, u64, u64)) -> anyhow::Result<Answer> {
         loop {
-            let answer = receive(&self.channel, Deadline::never()).context("cannot read the VMM's answer")?;
+            let deadline = self.patience.map_or(Deadline::never(), Deadline::after);
+            let answer = receive(&self.channel, deadline).context("cannot read the VMM's answer")?;
             match answer {
                 Some(Answer::Progress { what, done, of }) => progress(&what, done, of),
                 Some(Answer::Error(error)) => bail!("{error}"),
@@ -278,6 +404,7 @@ mod tests {
         assert_eq!(text(&Request::Status), r#""status""#);
         let update = Request::Update(UpdateRequest {
             successor: Source::Listen("/run/x".into()),
+            carrier: Carrier::Socket,
             populate: true,
             probe: false,
             timeout_ms: 2000,
@@ -285,7 +412,7 @@ mod tests {
         });
         assert_eq!(
             text(&update),
-            r#"{"update":{"successor":{"listen":"/run/x"},"populate":true,"probe":false,"timeout_ms":2000,"prepare_timeout_ms":60000}}"#
+            r#"{"update":{"successor":{"listen":"/run/x"},"carrier":"socket","populate":true,"probe":false,"timeout_ms":2000,"prepare_timeout_ms":60000}}"#
         );
     }
 

@@ -1,6 +1,7 @@
 //! The first VMM of a machine.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use anyhow::bail;
@@ -8,19 +9,25 @@ use fdpass::Channel;
 use machine::Machine;
 use machine::MemoryName;
 use machine::MemorySpec;
+use machine::MemoryStore;
 use machine::SessionName;
 use machine::Spec;
 use region::PageSize;
+use region::Policy;
 
+use crate::clients::Clients;
 use crate::control;
 use crate::control::Answer;
 use crate::control::GuestKind;
 use crate::control::MachineSpec;
 use crate::control::Pages;
+use crate::control::Store;
+use crate::guest::Health;
 use crate::guest::Served;
 use crate::kvm_guest;
 use crate::kvm_guest::KvmGuest;
-use crate::serve;
+use crate::kvm_guest::NewVm;
+use crate::serve::Vmm;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
 
@@ -33,42 +40,109 @@ use crate::thread_guest::ThreadGuest;
 pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
     let control =
         Channel::from_stdin().context("a VMM is started with its control channel as standard input")?;
-    let (machine, guest) = match make(spec, &control) {
-        Ok(made) => made,
-        // Whoever started this process hears why, and says so.
-        Err(error) => return control::send(&control, &Answer::Error(format!("{error:#}"))),
+    // The socket first: a name that is taken is no reason to make memory.
+    let clients = Clients::first(control, spec.socket.as_deref());
+    let clients = match clients {
+        Ok(clients) => clients,
+        Err((error, control)) => return control::send(&control, &Answer::Error(format!("{error:#}"))),
     };
-    serve(machine, guest, control, programs)
+    match make(spec, &clients) {
+        Ok((machine, guest)) => Vmm::new(spec.clone(), machine, guest, clients, programs).obey(),
+        // Whoever started this process hears why, and says so.
+        Err(error) => {
+            clients.tell(Clients::MAKER, &Answer::Error(format!("{error:#}")));
+            Ok(())
+        }
+    }
 }
 
-fn make(spec: &MachineSpec, control: &Channel) -> anyhow::Result<(Machine, Box<dyn Served>)> {
+fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<(Machine, Box<dyn Served>)> {
     if !spec.memory_bytes.is_multiple_of(PageSize::Huge.bytes()) {
         bail!("the guest needs whole 2 MiB of memory, not {} bytes", spec.memory_bytes);
     }
+    let mut progress = |done, of| {
+        let what = "warming up memory".to_owned();
+        clients.tell(Clients::MAKER, &Answer::Progress { what, done, of });
+    };
+    // The VM first: memory may be its own.
+    let vm = match spec.guest {
+        GuestKind::Kvm => Some(NewVm::make()?),
+        GuestKind::Thread => None,
+    };
+    let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, &mut progress)?;
+    let mut guest = boot(&machine, vm)?;
+    guest.start()?;
+    Ok((machine, guest))
+}
+
+fn spec_of_machine(spec: &MachineSpec, vm: Option<&NewVm>) -> anyhow::Result<Spec> {
     let states = match spec.guest {
-        GuestKind::Kvm => kvm_guest::STATES.to_vec(),
+        GuestKind::Kvm => kvm_guest::states(1),
         GuestKind::Thread => thread_guest::STATES.to_vec(),
     };
     let memory = MemorySpec {
         name: MemoryName::literal("ram"),
         size_bytes: spec.memory_bytes,
-        page_size: match spec.pages {
-            Pages::Huge => PageSize::Huge,
-            Pages::Small => PageSize::Small,
-        },
+        page_size: page_size(spec),
         prefault: spec.prefault,
+        store: match (spec.store, vm) {
+            (Store::Memfd, _) => MemoryStore::Memfd,
+            (Store::Hugetlb, _) => MemoryStore::Hugetlb,
+            (Store::GuestMemfd, Some(vm)) => {
+                MemoryStore::GuestMemfd(Arc::new(vm.guest_memfd(spec.memory_bytes)?))
+            }
+            (Store::GuestMemfd, None) => bail!("a guest_memfd is made by a VM, and this guest has none"),
+        },
+        policy: spec.numa.as_deref().map_or(Ok(Policy::Default), policy)?,
     };
     let name = SessionName::new(spec.name.as_bytes()).context("the machine's name")?;
-    let spec_of_machine = Spec { name, vcpus: 1, memories: vec![memory], states };
-    let mut progress = |done, of| {
-        let _ = control::send(control, &Answer::Progress { what: "warming up memory".to_owned(), done, of });
-    };
-    let machine = Machine::create(&spec_of_machine, &mut progress)?;
+    Ok(Spec { name, vcpus: 1, memories: vec![memory], states })
+}
+
+fn page_size(spec: &MachineSpec) -> PageSize {
+    match spec.pages {
+        Pages::Giant => PageSize::Giant,
+        Pages::Huge => PageSize::Huge,
+        Pages::Small => PageSize::Small,
+    }
+}
+
+/// A NUMA policy as it is written: `bind:0,2-3`.
+fn policy(text: &str) -> anyhow::Result<Policy> {
+    let (kind, nodes) =
+        text.split_once(':').context("a NUMA policy is `bind:`, `interleave:` or `preferred:` and nodes")?;
+    let nodes = nodes.parse().map_err(|error| anyhow::anyhow!("the NUMA nodes `{nodes}`: {error}"))?;
+    match kind {
+        "bind" => Ok(Policy::Bind(nodes)),
+        "interleave" => Ok(Policy::Interleave(nodes)),
+        "preferred" => Ok(Policy::Preferred(nodes)),
+        other => bail!("unknown NUMA policy `{other}`: use bind, interleave or preferred"),
+    }
+}
+
+/// A guest that starts from the beginning, in memory that is zero.
+fn boot(machine: &Machine, vm: Option<NewVm>) -> anyhow::Result<Box<dyn Served>> {
     let memory = &machine.memories()[0].inode;
-    let mut guest: Box<dyn Served> = match spec.guest {
-        GuestKind::Kvm => Box::new(KvmGuest::first(memory, machine.identity())?),
-        GuestKind::Thread => Box::new(ThreadGuest::first(memory)?),
+    let health = Health::well()?;
+    Ok(match vm {
+        Some(vm) => Box::new(KvmGuest::first(vm, memory, machine.identity(), health)?),
+        None => Box::new(ThreadGuest::first(memory, health)?),
+    })
+}
+
+/// The guest from the beginning once more, in place of one that stands still.
+///
+/// # Errors
+/// If the memory cannot be made zero, or the guest not made.
+pub(crate) fn boot_again(spec: &MachineSpec, machine: &Machine) -> anyhow::Result<Box<dyn Served>> {
+    let memory = &machine.memories()[0].inode;
+    memory.clear()?;
+    if spec.prefault {
+        memory.mapping().warm(page_size(spec), &mut |_, _| {})?;
+    }
+    let vm = match spec.guest {
+        GuestKind::Kvm => Some(NewVm::make()?),
+        GuestKind::Thread => None,
     };
-    guest.start()?;
-    Ok((machine, guest))
+    boot(machine, vm)
 }

@@ -1,6 +1,10 @@
 //! What the VMM knows of its guest, whatever it is.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -12,6 +16,10 @@ use pulse::MAILBOX_OFFSET;
 use pulse::Mailbox;
 use pulse::Words;
 use region::Mapping;
+use rustix::event::EventfdFlags;
+use rustix::event::eventfd;
+use serde::Deserialize;
+use serde::Serialize;
 use thiserror::Error;
 
 use crate::control::GuestKind;
@@ -31,8 +39,11 @@ pub enum GuestError {
     /// Its thread is gone.
     #[error("the guest's thread is gone")]
     ThreadGone,
+    /// It has no vCPU.
+    #[error("a guest needs a vCPU")]
+    NoVcpus,
     /// It ended by itself.
-    #[error("the guest has failed: {0}")]
+    #[error("{0}")]
     Failed(String),
     /// Something below failed.
     #[error("cannot {what}")]
@@ -89,18 +100,63 @@ pub(crate) const fn pause_threshold(cycles_per_ms: u64) -> u64 {
     if cycles_per_ms == 0 { u64::MAX } else { cycles_per_ms / 10 }
 }
 
-/// Why the guest does not run any more; nothing as long as it does.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Health(Arc<Mutex<Option<String>>>);
+/// How a guest ended by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// It switched itself off.
+    PowerOff,
+    /// It asked to be started again.
+    Reset,
+    /// It did what no guest may do, as a triple fault, or KVM cannot go on with it.
+    Crashed(String),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PowerOff => f.write_str("the guest has switched itself off"),
+            Self::Reset => f.write_str("the guest has asked for a reset"),
+            Self::Crashed(why) => write!(f, "the guest has crashed: {why}"),
+        }
+    }
+}
+
+/// Whether the guest has ended by itself, and a bell that rings when it does.
+#[derive(Debug, Clone)]
+pub struct Health {
+    end: Arc<Mutex<Option<End>>>,
+    bell: Arc<OwnedFd>,
+}
 
 impl Health {
-    pub(crate) fn fail(&self, why: String) {
-        let mut failure = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        failure.get_or_insert(why);
+    /// A guest that is well.
+    ///
+    /// # Errors
+    /// [`GuestError::Below`] if the kernel has no room for an eventfd.
+    pub fn well() -> Result<Self, GuestError> {
+        let bell =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(below("make an eventfd"))?;
+        Ok(Self { end: Arc::default(), bell: Arc::new(bell) })
     }
 
-    pub(crate) fn failure(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// It has ended. The first end counts.
+    pub(crate) fn end(&self, end: End) {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
+        // Of an eventfd that is full somebody has been told already.
+        let _ = rustix::io::write(&self.bell, &1u64.to_le_bytes());
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&self) -> Option<End> {
+        self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl AsFd for Health {
+    /// Can be read once the guest has ended.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
     }
 }
 
@@ -134,32 +190,43 @@ pub trait Served: Guest<Error = GuestError> + Send {
     /// What a successor needs to know of it before the pause.
     fn before_pause(&self) -> serde_json::Value;
 
-    /// When it executed its last instruction before it was stopped, on the host's monotonic clock, in
-    /// nanoseconds.
-    fn stopped_ns(&self) -> Option<u64>;
-
-    /// When it was last about to execute its first instruction, likewise.
+    /// When it was last about to execute its first instruction, on the host's monotonic clock, in nanoseconds.
     fn entered_ns(&self) -> Option<u64>;
 
-    /// Why it does not run any more, if so.
-    fn failure(&self) -> Option<String>;
+    /// Whether it has ended by itself.
+    fn health(&self) -> &Health;
 }
 
-/// A guest behind a pointer is a guest.
-pub(crate) struct AnyGuest(pub(crate) Box<dyn Served>);
+/// The guest, whatever it is, as its user wants it.
+pub(crate) struct AnyGuest {
+    pub(crate) guest: Box<dyn Served>,
+    /// It stands still because somebody asked for that: no update lets it run.
+    pub(crate) held: bool,
+}
+
+impl AnyGuest {
+    /// Why it does not run any more, if it has ended by itself.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.guest.health().ended().map(|end| end.to_string())
+    }
+}
 
 impl Guest for AnyGuest {
     type Error = GuestError;
 
     fn pause(&mut self) -> Result<(), GuestError> {
-        self.0.pause()
+        self.guest.pause()
     }
 
     fn save(&mut self) -> Result<Vec<(StateName, Vec<u8>)>, GuestError> {
-        self.0.save()
+        self.guest.save()
+    }
+
+    fn stopped_ns(&self) -> Option<u64> {
+        self.guest.stopped_ns()
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.0.resume()
+        if self.held { Ok(()) } else { self.guest.resume() }
     }
 }

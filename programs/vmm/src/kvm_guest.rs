@@ -1,49 +1,31 @@
-//! pulse in a VM of KVM, with one vCPU.
-//!
-//! The vCPU has a thread of its own, which takes orders. A guest that is stopped is saved at once by the same
-//! thread, without waiting to be told: nothing else is ever wanted of it, and a message less is a wake-up less in
-//! the pause.
+//! pulse in a VM of KVM.
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering;
-use std::sync::mpsc;
-use std::sync::mpsc::Receiver;
-use std::sync::mpsc::Sender;
 use std::thread;
-use std::thread::JoinHandle;
 
-use fdpass::monotonic_ns;
 use gmem::Binding;
 use gmem::GmemFile;
+use gmem::GuestMemfd;
 use gmem::Inode;
 use kvm::Contents;
 use kvm::Cpuid;
 use kvm::Irqchip;
-use kvm::Kicker;
-use kvm::Loader;
 use kvm::MemorySlots;
-use kvm::Saver;
-use kvm::Stopped;
 use kvm::Vcpu;
 use kvm::VcpuState;
 use kvm::Vm;
 use kvm::VmBuilder;
 use kvm::VmState;
 use kvm_ioctls::Kvm;
-use kvm_ioctls::VcpuExit;
 use machine::Identity;
 use machine::StateName;
 use machine::update::Guest;
 use pulse::Image;
 use pulse::Options;
-use pulse::REPORT_PORT;
-use pulse::Report;
 use pulse::Vectors;
 use region::Mapping;
+use sched::Scheduling;
 use serde::Deserialize;
 use serde::Serialize;
 
@@ -51,78 +33,107 @@ use crate::control::GuestKind;
 use crate::guest;
 use crate::guest::GuestError;
 use crate::guest::Health;
-use crate::guest::STOP_TIMEOUT;
 use crate::guest::Served;
 use crate::guest::below;
+use crate::vcpu_thread::VcpuThread;
 
 /// Formats of its states.
 pub(crate) const FORMATS: [&str; 2] = ["tideover-kvm-vm-v1", "tideover-kvm-vcpu-v1"];
-/// Names of its states.
-pub(crate) const STATES: [StateName; 2] = [VM_STATE, VCPU_STATE];
 const VM_STATE: StateName = StateName::literal("vm");
-const VCPU_STATE: StateName = StateName::literal("vcpu0");
 /// Interrupt pins of the split interrupt controller.
 const PINS: u32 = 24;
+
+/// Names of the states of a guest with so many vCPUs.
+pub(crate) fn states(vcpus: u32) -> Vec<StateName> {
+    [VM_STATE].into_iter().chain((0..vcpus).map(vcpu_state)).collect()
+}
+
+fn vcpu_state(index: u32) -> StateName {
+    StateName::new(vcpu_name(index).as_bytes()).unwrap_or(VM_STATE)
+}
+
+fn vcpu_name(index: u32) -> String {
+    format!("vcpu{index}")
+}
 
 /// What a successor is told before the pause.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct BeforePause {
     cpuid: Vec<u8>,
     contents: Vec<u8>,
+    /// How each vCPU's thread is scheduled, if it is known.
+    threads: Vec<Option<ThreadSer>>,
 }
 
-enum Order {
-    /// Take the vCPU, and run.
-    Begin(Box<Hand>),
-    /// Run on.
-    Run,
+/// [`Scheduling`] as a successor is told it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(remote = "Scheduling")]
+struct SchedulingSer {
+    cpus: Vec<u32>,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime_ns: u64,
+    deadline_ns: u64,
+    period_ns: u64,
 }
 
-enum Reply {
-    Stopped,
-    Saved(Result<States, GuestError>),
-}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct ThreadSer(#[serde(with = "SchedulingSer")] Scheduling);
 
 type States = Vec<(StateName, Vec<u8>)>;
-
-/// When the guest stopped last, and was entered last.
-#[derive(Debug, Default)]
-struct Moments {
-    stopped_ns: AtomicU64,
-    entered_ns: AtomicU64,
-}
 
 /// pulse in a VM.
 #[derive(Debug)]
 pub struct KvmGuest {
-    // Dropped in this order: the thread with the vCPU ends, then vCPU, memory slots and VM go, then the memory.
-    orders: Option<Sender<Order>>,
-    thread: Option<JoinHandle<()>>,
-    replies: Receiver<Reply>,
-    may_run: Arc<AtomicBool>,
-    kicker: Kicker,
-    /// The vCPU before it runs for the first time: its state is loaded here, without waking another thread.
-    idle: Option<Box<Hand>>,
+    // Dropped in this order: the threads with the vCPUs end, then vCPUs, memory slots and VM go, then the memory.
+    vcpus: Vec<VcpuThread>,
     _slots: MemorySlots<Arc<Mapping>>,
+    vm: Vm,
     _file: GmemFile,
     before_pause: BeforePause,
-    moments: Arc<Moments>,
     health: Health,
+    /// All vCPUs run, or were told to.
+    runs: bool,
 }
 
-/// A VM with its memory and a vCPU that nothing was loaded into yet.
+/// A VM that has nothing yet, as what memory is made with that is to be its own.
+#[derive(Debug)]
+pub struct NewVm {
+    kvm: Kvm,
+    builder: VmBuilder,
+}
+
+impl NewVm {
+    /// Makes it.
+    ///
+    /// # Errors
+    /// [`GuestError::Below`] without the right to use KVM.
+    pub fn make() -> Result<Self, GuestError> {
+        let kvm = Kvm::new().map_err(below("open /dev/kvm"))?;
+        let builder = VmBuilder::create(&kvm).map_err(below("make a VM"))?;
+        Ok(Self { kvm, builder })
+    }
+
+    /// Guest memory of its own.
+    pub(crate) fn guest_memfd(&self, size_bytes: u64) -> Result<GuestMemfd, GuestError> {
+        GuestMemfd::create(self.builder.fd(), size_bytes).map_err(below("make a guest_memfd"))
+    }
+}
+
+/// A VM with its memory and vCPUs that nothing was loaded into yet.
 struct Parts {
     kvm: Kvm,
     vm: Vm,
-    vcpu: Vcpu,
+    vcpus: Vec<Vcpu>,
     slots: MemorySlots<Arc<Mapping>>,
     file: GmemFile,
 }
 
 impl Parts {
-    fn make(memory: &Arc<Inode>, identity: Identity) -> Result<Self, GuestError> {
-        let kvm = Kvm::new().map_err(below("open /dev/kvm"))?;
-        let builder = VmBuilder::create(&kvm).map_err(below("make a VM"))?;
+    fn make(new: NewVm, memory: &Arc<Inode>, identity: Identity, vcpus: u32) -> Result<Self, GuestError> {
+        let NewVm { kvm, builder } = new;
         let mut slots = builder.memory_slots();
         let mut file = GmemFile::open(Arc::clone(memory), identity).map_err(below("open guest memory"))?;
         for (slot, place) in (0..).zip(pulse::slots(memory.size_bytes())) {
@@ -136,61 +147,58 @@ impl Parts {
         }
         let vm =
             builder.finish(Irqchip::Split { pins: PINS }).map_err(below("make interrupt controllers"))?;
-        let vcpu = vm.create_vcpu(0).map_err(below("make a vCPU"))?;
-        Ok(Self { kvm, vm, vcpu, slots, file })
+        let vcpus = (0..vcpus).map(|index| vm.create_vcpu(index).map_err(below("make a vCPU")));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        Ok(Self { kvm, vm, vcpus, slots, file })
     }
 
-    /// Starts the vCPU's thread, which waits for orders.
-    fn start(self, cpuid: &Cpuid) -> Result<KvmGuest, GuestError> {
-        let saver = Saver::prepare(&self.vcpu).map_err(below("prepare to save the vCPU"))?;
-        let loader = Loader::prepare(&self.vcpu).map_err(below("prepare to load the vCPU"))?;
-        let contents = saver.contents(&self.vcpu).encode();
-        let (orders, received) = mpsc::channel();
-        let (answer, replies) = mpsc::channel();
-        let kicker = self.vcpu.kicker();
-        let may_run = Arc::new(AtomicBool::new(false));
-        let moments = Arc::new(Moments::default());
-        let health = Health::default();
-        let hand = Hand {
-            vm: self.vm,
-            vcpu: self.vcpu,
-            saver,
-            loader,
-            unfinished: None,
-            may_run: Arc::clone(&may_run),
-            moments: Arc::clone(&moments),
-            health: health.clone(),
-            answer,
+    /// Starts the vCPUs' threads, which wait for orders.
+    fn start(
+        self,
+        cpuid: &Cpuid,
+        health: Health,
+        threads: Vec<Option<ThreadSer>>,
+    ) -> Result<KvmGuest, GuestError> {
+        let threads = threads.into_iter().chain(std::iter::repeat(None));
+        let start = |((vcpu, index), thread): ((Vcpu, u32), Option<ThreadSer>)| {
+            VcpuThread::start(vcpu_name(index), vcpu, health.clone(), thread.map(|thread| thread.0))
         };
-        let thread = thread::Builder::new().name("vcpu0".to_owned()).spawn(move || obey(&received));
+        let vcpus = self.vcpus.into_iter().zip(0..).zip(threads);
+        let mut vcpus = vcpus.map(start).collect::<Result<Vec<_>, _>>()?;
+        let contents = match vcpus.first_mut() {
+            Some(first) => first.idle()?.contents().encode(),
+            None => return Err(GuestError::NoVcpus),
+        };
         Ok(KvmGuest {
-            orders: Some(orders),
-            thread: Some(thread.map_err(below("start the vCPU's thread"))?),
-            replies,
-            may_run,
-            kicker,
-            idle: Some(Box::new(hand)),
+            vcpus,
             _slots: self.slots,
+            vm: self.vm,
             _file: self.file,
-            before_pause: BeforePause { cpuid: cpuid.encode(), contents },
-            moments,
+            before_pause: BeforePause { cpuid: cpuid.encode(), contents, threads: Vec::new() },
             health,
+            runs: false,
         })
     }
 }
 
 impl KvmGuest {
-    /// A guest that starts from the beginning, in this memory of this machine.
+    /// A guest that starts from the beginning, in this VM and this memory of this machine, which is zero.
     ///
     /// # Errors
     /// [`GuestError`]
-    pub fn first(memory: &Arc<Inode>, identity: Identity) -> Result<Self, GuestError> {
-        let parts = Parts::make(memory, identity)?;
+    pub fn first(
+        new: NewVm,
+        memory: &Arc<Inode>,
+        identity: Identity,
+        health: Health,
+    ) -> Result<Self, GuestError> {
+        let parts = Parts::make(new, memory, identity, 1)?;
         let cpuid = Cpuid::supported(&parts.kvm).map_err(below("ask for CPUID"))?;
-        cpuid.load(&parts.vcpu).map_err(below("set CPUID"))?;
-        let fd = parts.vcpu.fd();
-        let cycles_per_ms = fd.get_tsc_khz().unwrap_or_default().into();
         let vectors = Vectors::widest(cpuid.entries());
+        let vcpu = &parts.vcpus[0];
+        cpuid.load(vcpu).map_err(below("set CPUID"))?;
+        let fd = vcpu.fd();
+        let cycles_per_ms = fd.get_tsc_khz().unwrap_or_default().into();
         let pause_threshold_cycles = guest::pause_threshold(cycles_per_ms);
         let options = Options { vectors, pause_threshold_cycles, ..Options::new(cycles_per_ms) };
         let image = Image::new(memory.size_bytes(), &options).map_err(below("lay the guest out"))?;
@@ -204,7 +212,7 @@ impl KvmGuest {
             fd.set_xcrs(&image.xcrs(xcrs)).map_err(below("set registers"))?;
         }
         fd.set_regs(&image.regs()).map_err(below("set registers"))?;
-        parts.start(&cpuid)
+        parts.start(&cpuid, health, Vec::new())
     }
 
     /// A guest that is to be loaded: everything that does not need its state, as the predecessor describes it.
@@ -214,41 +222,20 @@ impl KvmGuest {
     pub fn prepare(
         memory: &Arc<Inode>,
         identity: Identity,
+        vcpus: u32,
         told: &serde_json::Value,
+        health: Health,
     ) -> Result<Self, GuestError> {
         let told = BeforePause::deserialize(told).map_err(below("read the predecessor's description"))?;
         let cpuid = Cpuid::decode(&told.cpuid).map_err(below("read the guest's CPUID"))?;
         let contents = Contents::decode(&told.contents).map_err(below("read what the state will hold"))?;
-        let parts = Parts::make(memory, identity)?;
-        cpuid.load(&parts.vcpu).map_err(below("set CPUID"))?;
-        let loader = Loader::prepare(&parts.vcpu).map_err(below("prepare to load the vCPU"))?;
-        loader.check(&parts.vcpu, &contents).map_err(below("load what the state will hold"))?;
-        parts.start(&cpuid)
-    }
-
-    fn order(&self, order: Order) -> Result<(), GuestError> {
-        let orders = self.orders.as_ref().ok_or(GuestError::ThreadGone)?;
-        orders.send(order).map_err(|_| GuestError::ThreadGone)
-    }
-
-    fn reply(&self, awaited: &'static str) -> Result<Reply, GuestError> {
-        match self.replies.recv_timeout(STOP_TIMEOUT) {
-            Ok(reply) => Ok(reply),
-            Err(mpsc::RecvTimeoutError::Timeout) => Err(GuestError::TimedOut(awaited)),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Err(GuestError::ThreadGone),
+        let parts = Parts::make(NewVm::make()?, memory, identity, vcpus)?;
+        for vcpu in &parts.vcpus {
+            cpuid.load(vcpu).map_err(below("set CPUID"))?;
         }
-    }
-}
-
-impl Drop for KvmGuest {
-    fn drop(&mut self) {
-        // The thread ends at its next look for orders.
-        self.orders = None;
-        self.may_run.store(false, Ordering::SeqCst);
-        let _ = self.kicker.kick();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        let mut guest = parts.start(&cpuid, health, told.threads)?;
+        guest.vcpus.iter_mut().try_for_each(|vcpu| vcpu.idle()?.check(&contents))?;
+        Ok(guest)
     }
 }
 
@@ -256,30 +243,36 @@ impl Guest for KvmGuest {
     type Error = GuestError;
 
     fn pause(&mut self) -> Result<(), GuestError> {
-        if let Some(why) = self.health.failure() {
-            return Err(GuestError::Failed(why));
+        if !self.runs {
+            return Ok(());
         }
-        // Before a look at the replies: whatever comes after it is of a vCPU that does not go on.
-        self.may_run.store(false, Ordering::SeqCst);
-        // Left from a stop that came too late to be waited for.
-        while self.replies.try_recv().is_ok() {}
-        self.kicker.kick().map_err(below("stop the vCPU"))?;
-        match self.reply("stop")? {
-            Reply::Stopped => Ok(()),
-            Reply::Saved(_) => Err(GuestError::TimedOut("stop")),
-        }
+        self.vcpus.iter().try_for_each(VcpuThread::kick)?;
+        self.vcpus.iter().try_for_each(VcpuThread::await_stop)?;
+        self.runs = false;
+        Ok(())
     }
 
     fn save(&mut self) -> Result<States, GuestError> {
-        match self.reply("get saved")? {
-            Reply::Saved(states) => states,
-            Reply::Stopped => Err(GuestError::TimedOut("get saved")),
+        if let Some(why) = self.health.ended() {
+            return Err(GuestError::Failed(why.to_string()));
         }
+        // No vCPU is saved before all stand still: one that runs could still interrupt another.
+        self.vcpus.iter().try_for_each(VcpuThread::begin_save)?;
+        let vm = VmState::save(&self.vm).map_err(below("save the VM"))?;
+        let mut states = vec![(VM_STATE, vm.encode())];
+        for (vcpu, index) in self.vcpus.iter().zip(0..) {
+            states.push((vcpu_state(index), vcpu.await_saved()?));
+        }
+        Ok(states)
+    }
+
+    fn stopped_ns(&self) -> Option<u64> {
+        self.vcpus.iter().filter_map(VcpuThread::stopped_ns).max()
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        // One that has failed stands still for good, and is not lost by that.
-        if self.health.failure().is_some() { Ok(()) } else { self.start() }
+        // One that has ended stands still for good, and is not lost by that.
+        if self.health.ended().is_some() { Ok(()) } else { self.start() }
     }
 }
 
@@ -290,15 +283,21 @@ impl Served for KvmGuest {
 
     fn load(&mut self, states: &BTreeMap<StateName, Vec<u8>>) -> Result<(), GuestError> {
         let bytes = |name: StateName| states.get(&name).ok_or(GuestError::NoState(name));
+        self.vcpus.iter().try_for_each(VcpuThread::stand_by)?;
         let vm = VmState::decode(bytes(VM_STATE)?).map_err(below("read the VM's state"))?;
-        let vcpu = VcpuState::decode(bytes(VCPU_STATE)?).map_err(below("read the vCPU's state"))?;
-        self.idle.as_mut().ok_or(GuestError::RunsAlready)?.load(&vm, vcpu)
+        for (vcpu, index) in self.vcpus.iter_mut().zip(0..) {
+            let state = VcpuState::decode(bytes(vcpu_state(index))?);
+            vcpu.idle()?.load(state.map_err(below("read the vCPU's state"))?)?;
+        }
+        vm.load(&self.vm).map_err(below("load the VM"))
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
-        self.may_run.store(true, Ordering::SeqCst);
-        let order = self.idle.take().map_or(Order::Run, Order::Begin);
-        self.order(order)
+        self.runs = true;
+        self.vcpus.iter_mut().try_for_each(VcpuThread::run)?;
+        // Should a vCPU's thread wait for this processor, it gets it now.
+        thread::yield_now();
+        Ok(())
     }
 
     fn formats(&self) -> Vec<String> {
@@ -311,96 +310,80 @@ impl Served for KvmGuest {
     }
 
     fn before_pause(&self) -> serde_json::Value {
-        serde_json::to_value(&self.before_pause).unwrap_or_default()
-    }
-
-    fn stopped_ns(&self) -> Option<u64> {
-        Some(self.moments.stopped_ns.load(Ordering::Acquire)).filter(|at| *at != 0)
+        let threads = self.vcpus.iter().map(|vcpu| vcpu.scheduling().map(ThreadSer)).collect();
+        let told = BeforePause { threads, ..self.before_pause.clone() };
+        serde_json::to_value(told).unwrap_or_default()
     }
 
     fn entered_ns(&self) -> Option<u64> {
-        Some(self.moments.entered_ns.load(Ordering::Acquire)).filter(|at| *at != 0)
+        self.vcpus.iter().filter_map(VcpuThread::entered_ns).min()
     }
 
-    fn failure(&self) -> Option<String> {
-        self.health.failure()
-    }
-}
-
-/// The vCPU's thread: takes the vCPU when it is to run, and keeps it.
-fn obey(orders: &Receiver<Order>) {
-    let Ok(Order::Begin(mut hand)) = orders.recv() else { return };
-    while hand.run().is_ok() && matches!(orders.recv(), Ok(Order::Run)) {}
-}
-
-/// A vCPU and what it needs, in one hand at a time.
-#[derive(Debug)]
-struct Hand {
-    vm: Vm,
-    vcpu: Vcpu,
-    saver: Saver,
-    loader: Loader,
-    /// Loaded but for what makes KVM write guest memory. That waits until the guest is to run, which is when the
-    /// machine is ours: a successor that stalls while it loads must not write under a guest that was taken back.
-    unfinished: Option<VcpuState>,
-    /// What was ordered last. An order to run may wait in the queue while a later stop was ordered already, and a
-    /// kick may arrive when its stop was called off.
-    may_run: Arc<AtomicBool>,
-    moments: Arc<Moments>,
-    health: Health,
-    answer: Sender<Reply>,
-}
-
-impl Hand {
-    fn load(&mut self, vm: &VmState, vcpu: VcpuState) -> Result<(), GuestError> {
-        self.loader.load(&mut self.vcpu, &vcpu).map_err(below("load the vCPU"))?;
-        vm.load(&self.vm).map_err(below("load the VM"))?;
-        self.unfinished = Some(vcpu);
-        Ok(())
-    }
-
-    fn run(&mut self) -> Result<(), mpsc::SendError<Reply>> {
-        if let Some(vcpu) = self.unfinished.take()
-            && let Err(error) = self.loader.finish(&mut self.vcpu, &vcpu)
-        {
-            self.health.fail(format!("cannot finish loading the vCPU: {error}"));
-            return Ok(());
-        }
-        while self.may_run.load(Ordering::SeqCst) {
-            self.moments.entered_ns.store(monotonic_ns(), Ordering::Release);
-            let stopped = self.vcpu.run(handle);
-            self.moments.stopped_ns.store(monotonic_ns(), Ordering::Release);
-            let failure = match stopped {
-                Ok(Stopped::Kicked) => continue,
-                Ok(Stopped::Broke(why)) => why,
-                Err(error) => error.to_string(),
-            };
-            self.health.fail(failure);
-            return Ok(());
-        }
-        self.answer.send(Reply::Stopped)?;
-        let saved = self.save();
-        self.answer.send(Reply::Saved(saved))
-    }
-
-    fn save(&mut self) -> Result<States, GuestError> {
-        let vm = VmState::save(&self.vm).map_err(below("save the VM"))?;
-        let vcpu = self.saver.save(&self.vcpu).map_err(below("save the vCPU"))?;
-        Ok(vec![(VM_STATE, vm.encode()), (VCPU_STATE, vcpu.encode())])
+    fn health(&self) -> &Health {
+        &self.health
     }
 }
 
-/// What pulse leaves the guest for. What it finds wrong is in its mailbox.
-fn handle(exit: VcpuExit<'_>) -> ControlFlow<String> {
-    match exit {
-        VcpuExit::IoOut(REPORT_PORT, data) => {
-            let code = <[u8; 4]>::try_from(data).map(u32::from_le_bytes).ok();
-            match code.and_then(Report::from_code) {
-                Some(report @ Report::Fault { .. }) => ControlFlow::Break(format!("{report:?}")),
-                Some(_) => ControlFlow::Continue(()),
-                None => ControlFlow::Break(format!("unknown report {data:x?}")),
+#[cfg(test)]
+mod tests {
+    use machine::Machine;
+    use machine::MemoryName;
+    use machine::MemorySpec;
+    use machine::SessionName;
+    use machine::Spec;
+
+    use super::*;
+
+    fn guest() -> (Machine, KvmGuest) {
+        let spec = Spec {
+            name: SessionName::literal("orders"),
+            vcpus: 1,
+            memories: vec![MemorySpec::new(MemoryName::literal("ram"), 8 << 20)],
+            states: states(1),
+        };
+        let machine = Machine::create(&spec, &mut |_, _| {}).unwrap();
+        let memory = &machine.memories()[0].inode;
+        let health = Health::well().unwrap();
+        let guest = KvmGuest::first(NewVm::make().unwrap(), memory, machine.identity(), health).unwrap();
+        (machine, guest)
+    }
+
+    #[test]
+    fn orders_that_a_late_stop_left_behind_disturb_no_later_one() {
+        harness::need!(kvm);
+        let (_machine, mut guest) = guest();
+        guest.start().unwrap();
+        // As after a stop that was called off because it took too long: told to run while it runs.
+        guest.start().unwrap();
+        for round in 0..300 {
+            guest.pause().unwrap_or_else(|error| panic!("{round}: {error}"));
+            let stopped = guest.stopped_ns();
+            for _ in 0..2 {
+                assert_eq!(guest.save().unwrap().len(), 2);
             }
+            assert_eq!(guest.stopped_ns(), stopped, "{round}: it ran after it was stopped");
+            guest.resume().unwrap();
+            guest.resume().unwrap();
         }
-        other => ControlFlow::Break(format!("unexpected exit {other:?}")),
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_read_leaves_the_guest_to_be_loaded_again() {
+        harness::need!(kvm);
+        let (machine, mut first) = guest();
+        first.start().unwrap();
+        first.pause().unwrap();
+        let good: BTreeMap<StateName, Vec<u8>> = first.save().unwrap().into_iter().collect();
+        let told = first.before_pause();
+        let memory = &machine.memories()[0].inode;
+        let health = Health::well().unwrap();
+        let mut second = KvmGuest::prepare(memory, machine.identity(), 1, &told, health).unwrap();
+        let bad = good.keys().map(|name| (*name, vec![1; 64])).collect();
+        assert!(second.load(&bad).is_err());
+        drop(first);
+        second.load(&good).unwrap();
+        second.start().unwrap();
+        second.pause().unwrap();
+        assert_eq!(second.health().ended(), None);
     }
 }

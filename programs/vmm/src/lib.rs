@@ -10,7 +10,9 @@
 //! of them.
 #![forbid(unsafe_code)]
 
+mod clients;
 pub mod control;
+mod exits;
 mod first;
 mod guest;
 mod kvm_guest;
@@ -18,11 +20,16 @@ mod measure;
 mod serve;
 mod successor;
 mod thread_guest;
+mod update;
+mod vcpu_thread;
 
 pub use first::run;
+pub use guest::End;
 pub use guest::GuestError;
+pub use guest::Health;
 pub use guest::Served;
 pub use kvm_guest::KvmGuest;
+pub use kvm_guest::NewVm;
 pub use serve::serve;
 pub use successor::Start;
 pub use successor::succeed;

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use fdpass::monotonic_ns;
 use machine::update::Guest;
+use machine::update::Step;
+use machine::update::Timeline;
 use pulse::HUGE_PAGE_BYTES;
 use pulse::PAGE_BYTES;
 use pulse::check;
@@ -19,6 +21,7 @@ use crate::control::UpdateOutcome;
 use crate::control::UpdateReport;
 use crate::guest::AnyGuest;
 use crate::guest::MemoryWords;
+use crate::guest::Served;
 
 /// Windows of 2 MiB that a probe touches.
 const PROBE_WINDOWS: u64 = 16;
@@ -35,6 +38,8 @@ pub(crate) struct Told {
     pub(crate) ticks_after: Option<u64>,
     pub(crate) guest_pause_us: Option<f64>,
     pub(crate) probe: Option<ProbeReport>,
+    /// The guest stood still before, and does after.
+    pub(crate) held: bool,
 }
 
 #[expect(clippy::cast_precision_loss, reason = "times of an update are far below 2^52 ns")]
@@ -58,15 +63,18 @@ fn wait_for<T>(limit: Duration, mut done: impl FnMut() -> Option<T>) -> Option<T
     }
 }
 
-/// After an update: has the guest counted on, and how long a gap did it see?
-pub(crate) fn after_update(words: &MemoryWords, before: Before, entered_ns: Option<u64>) -> Told {
+/// After an update: has the guest counted on, and how long a gap did it see? When it was entered is asked once it
+/// counts: its thread may not have got to it before. Of a guest that is held there is nothing to see.
+pub(crate) fn after_update(words: &MemoryWords, before: Before, runs: Option<&dyn Served>) -> Told {
     let Before { ticks: ticks_before, pauses, probe } = before;
+    let Some(guest) = runs else { return Told { ticks_before, held: true, ..Told::default() } };
     let mailbox = words.mailbox();
     // Two ticks: after the first one it has compared the gap, after the second one it is written.
     let ticks = wait_for(FIRST_TICK, || Some(mailbox.ticks()).filter(|ticks| *ticks > ticks_before + 1));
     let pause = words.longest_pause_ns(pauses);
     let probe = probe.and_then(|request| probed(words, request));
-    Told { ticks_before, entered_ns, ticks_after: ticks, guest_pause_us: pause.map(micros), probe }
+    let (entered_ns, guest_pause_us) = (guest.entered_ns(), pause.map(micros));
+    Told { ticks_before, entered_ns, ticks_after: ticks, guest_pause_us, probe, held: false }
 }
 
 /// Where the guest stands when it is taken over, and does not run yet.
@@ -126,18 +134,50 @@ pub(crate) fn report(report: &Report, stopped_ns: Option<u64>) -> UpdateReport {
             .silent
             .as_ref()
             .map(|why| format!("the successor has the machine, and is silent: {why}")),
-        pause_us: exact.or_else(|| Some(micros_of(report.pause()))),
+        // A guest that was held did not stand still for the update.
+        pause_us: exact.or_else(|| (!told.held).then(|| micros_of(report.pause()))),
         guest_pause_us: told.guest_pause_us,
-        phases_us: phases(report),
+        phases_us: phases(&report.timeline, stopped_ns, told.entered_ns),
         ticks_before: told.ticks_before,
         ticks_after: told.ticks_after,
         probe: told.probe,
     }
 }
 
-fn phases(report: &Report) -> BTreeMap<String, f64> {
-    let phases = report.timeline.phases();
-    phases.map(|(step, took)| (step.name().to_owned(), micros_of(took))).collect()
+/// The same of an update by exec, or of one that came back by it.
+pub(crate) fn report_of_exec(report: &exec::Report, told: &Told) -> UpdateReport {
+    let pid = std::process::id();
+    let pause = report.stopped_ns.zip(told.entered_ns);
+    UpdateReport {
+        predecessor_pid: pid,
+        successor_pid: report.failed.is_none().then_some(pid),
+        outcome: match report.failed {
+            None => UpdateOutcome::Updated,
+            Some(_) => UpdateOutcome::RolledBack,
+        },
+        reason: report.failed.clone(),
+        pause_us: pause.map(|(stopped, entered)| micros(entered.saturating_sub(stopped))),
+        guest_pause_us: told.guest_pause_us,
+        phases_us: phases(&report.timeline, report.stopped_ns, told.entered_ns),
+        ticks_before: told.ticks_before,
+        ticks_after: told.ticks_after,
+        probe: told.probe,
+    }
+}
+
+/// The way to each step. Of the first and the last in the pause, what the guest does not run in: it was stopped a moment
+/// after the update was ready, and is entered a moment after the swap.
+fn phases(timeline: &Timeline, stopped_ns: Option<u64>, entered_ns: Option<u64>) -> BTreeMap<String, f64> {
+    let mut phases: BTreeMap<String, f64> =
+        timeline.phases().map(|(step, took)| (step.name().to_owned(), micros_of(took))).collect();
+    let mut set = |step: Step, from: Option<u64>, to: Option<u64>| {
+        if let Some((from, to)) = from.zip(to) {
+            phases.insert(step.name().to_owned(), micros(to.saturating_sub(from)));
+        }
+    };
+    set(Step::Paused, stopped_ns, timeline.at_ns(Step::Paused));
+    set(Step::Running, timeline.at_ns(Step::Loaded), entered_ns);
+    phases
 }
 
 /// Has the guest walk over all of its memory, stops it, and compares every word.
@@ -158,7 +198,7 @@ pub(crate) fn check(
         if now.pass >= wanted {
             break;
         }
-        if let Some(why) = guest.0.failure() {
+        if let Some(why) = guest.failure() {
             anyhow::bail!("the guest has failed: {why}");
         }
         if monotonic_ns() - last_told > 100_000_000 {

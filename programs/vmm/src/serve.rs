@@ -1,104 +1,118 @@
 //! A VMM's life while it runs the guest: it does what comes over the control channel.
 
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::Context as _;
 use fdpass::Channel;
-use fdpass::Deadline;
-use fdpass::Listener;
+use fdpass::monotonic_ns;
 use machine::Machine;
-use machine::update::Step;
+use machine::update::Guest as _;
 use serde::Deserialize;
 use serde::Serialize;
-use socket::LinkError;
-use socket::Offer;
-use socket::Outcome;
-use socket::Program;
-use socket::Reason;
-use socket::Started;
-use socket::Timeouts;
 use tracing::debug;
-use tracing::info;
+use tracing::warn;
 
-use crate::control;
+use crate::clients::Came;
+use crate::clients::ClientId;
+use crate::clients::Clients;
+use crate::clients::Mode;
 use crate::control::Answer;
+use crate::control::End;
+use crate::control::GuestState;
+use crate::control::MachineSpec;
 use crate::control::Request;
-use crate::control::Source;
 use crate::control::Status;
-use crate::control::UpdateOutcome;
-use crate::control::UpdateReport;
-use crate::control::UpdateRequest;
+use crate::control::Then;
+use crate::first;
 use crate::guest::AnyGuest;
 use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::measure;
 
-/// Name of the control channel among the descriptors that go with the machine.
-pub(crate) const CONTROL: &str = "control";
-
-/// How long to wait for the end of a process whose end of the channel is closed.
-const DEATH: Duration = Duration::from_millis(500);
-
 /// What a VMM tells its successor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Told {
-    pub(crate) guest: control::GuestKind,
+    pub(crate) spec: MachineSpec,
     pub(crate) before_pause: serde_json::Value,
     pub(crate) populate: bool,
     pub(crate) probe: bool,
+    pub(crate) held: bool,
+    pub(crate) clients: Vec<Mode>,
+    /// Whose connection the answer goes to, if the successor gives it.
+    pub(crate) asked_by: ClientId,
     pub(crate) programs: Vec<PathBuf>,
+    pub(crate) history: History,
+}
+
+/// What a machine has behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct History {
+    /// When it was made, on the host's monotonic clock.
+    pub(crate) made_ns: u64,
+    /// How many times its VMM was replaced.
+    pub(crate) updates: u64,
 }
 
 /// A VMM that runs a guest.
 pub(crate) struct Vmm {
+    pub(crate) spec: MachineSpec,
     pub(crate) machine: Machine,
     pub(crate) guest: AnyGuest,
     pub(crate) words: MemoryWords,
-    pub(crate) control: Channel,
+    pub(crate) clients: Clients,
     /// Programs that the machine may be updated to.
     pub(crate) programs: Vec<PathBuf>,
+    pub(crate) history: History,
 }
 
 /// What is left to do after a request.
-enum After {
+pub(crate) enum After {
     /// The next request.
     Go,
     /// End: the guest runs elsewhere, or nowhere.
     End,
 }
 
-/// Runs the guest of `machine` and obeys `control` until the guest is handed over or ended. `programs` are what the
-/// machine may be updated to.
+/// Runs the guest of `machine`, which was made as `spec` says, and obeys `control` and whoever comes to the machine's
+/// socket, until the guest is handed over or ended. `programs` are what the machine may be updated to.
 ///
 /// # Errors
-/// If the guest was lost.
+/// If the guest was lost, or nobody can come to the socket.
 pub fn serve(
+    spec: MachineSpec,
     machine: Machine,
     guest: Box<dyn Served>,
     control: Channel,
     programs: Vec<PathBuf>,
 ) -> anyhow::Result<()> {
-    let words = MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()));
-    Vmm { machine, guest: AnyGuest(guest), words, control, programs }.obey()
+    let clients = Clients::first(control, spec.socket.as_deref()).map_err(|(error, _)| error)?;
+    Vmm::new(spec, machine, guest, clients, programs).obey()
 }
 
 impl Vmm {
+    pub(crate) fn new(
+        spec: MachineSpec,
+        machine: Machine,
+        guest: Box<dyn Served>,
+        clients: Clients,
+        programs: Vec<PathBuf>,
+    ) -> Self {
+        let words = MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()));
+        let history = History { made_ns: monotonic_ns(), updates: 0 };
+        Self { spec, machine, guest: AnyGuest { guest, held: false }, words, clients, programs, history }
+    }
+
     pub(crate) fn obey(mut self) -> anyhow::Result<()> {
         loop {
-            let request = control::receive::<Request>(&self.control, Deadline::never());
-            let after = match request {
-                Ok(Some(request)) => self.act(request)?,
+            let ended = self.guest.guest.health().ended().is_some();
+            let bell = (!ended).then(|| self.guest.guest.health().as_fd());
+            let after = match self.clients.wait(bell)? {
+                Came::Request(client, request) => self.act(client, request)?,
+                Came::Bell => self.ended()?,
                 // Nobody is left who could end the guest: it must not run for ever.
-                Ok(None) => After::End,
-                Err(error) => {
-                    self.tell(&Answer::Error(format!("not a request: {error}")));
-                    After::Go
-                }
+                Came::Nobody => After::End,
             };
             if matches!(after, After::End) {
                 return Ok(());
@@ -106,167 +120,126 @@ impl Vmm {
         }
     }
 
-    /// Whoever asked may be gone: that ends the next wait for a request.
-    fn tell(&self, answer: &Answer) {
-        if let Err(error) = control::send(&self.control, answer) {
-            debug!(%error, "nobody hears the answer");
+    fn act(&mut self, client: ClientId, request: Request) -> anyhow::Result<After> {
+        debug!(?request, "request");
+        let answer = match request {
+            Request::Status => Answer::Status(Box::new(self.status())),
+            Request::Check => self.check(client),
+            Request::Pause => self.pause(),
+            Request::Resume => self.resume(),
+            Request::Wait => {
+                self.clients.set_mode(client, Mode::Waits);
+                return Ok(After::Go);
+            }
+            Request::Update(update) => return self.update(client, &update),
+            Request::Stop => {
+                self.clients.tell_waiting(&Answer::Stopped);
+                self.clients.tell(client, &Answer::Stopped);
+                return Ok(After::End);
+            }
+        };
+        self.clients.tell(client, &answer);
+        Ok(After::Go)
+    }
+
+    fn check(&mut self, client: ClientId) -> Answer {
+        if self.guest.held {
+            return Answer::Error("the guest is paused, and checks nothing: resume it first".to_owned());
+        }
+        let clients = &self.clients;
+        let mut progress = |what: &str, done, of| {
+            clients.tell(client, &Answer::Progress { what: what.to_owned(), done, of });
+        };
+        match measure::check(&mut self.guest, &self.words, &mut progress) {
+            Ok(report) => Answer::Check(report),
+            Err(error) => Answer::Error(format!("cannot check the guest: {error:#}")),
         }
     }
 
-    fn act(&mut self, request: Request) -> anyhow::Result<After> {
-        debug!(?request, "request");
-        match request {
-            Request::Status => {
-                self.tell(&Answer::Status(self.status()));
-                Ok(After::Go)
+    fn pause(&mut self) -> Answer {
+        match self.guest.pause() {
+            Ok(()) => {
+                self.guest.held = true;
+                Answer::Paused
             }
-            Request::Check => {
-                let control = &self.control;
-                let mut progress = |what: &str, done, of| {
-                    let _ = control::send(control, &Answer::Progress { what: what.to_owned(), done, of });
-                };
-                let answer = match measure::check(&mut self.guest, &self.words, &mut progress) {
-                    Ok(report) => Answer::Check(report),
-                    Err(error) => Answer::Error(format!("cannot check the guest: {error:#}")),
-                };
-                self.tell(&answer);
-                Ok(After::Go)
-            }
-            Request::Update(update) => self.update(&update),
-            Request::Stop => {
-                self.tell(&Answer::Stopped);
-                Ok(After::End)
+            Err(error) => {
+                // Of several vCPUs some may have stopped.
+                let resumed = self.guest.resume();
+                let resumed =
+                    resumed.map_or_else(|error| format!("; nor does it run on: {error}"), |()| String::new());
+                Answer::Error(format!("cannot pause the guest: {error}{resumed}"))
             }
         }
+    }
+
+    fn resume(&mut self) -> Answer {
+        if !std::mem::replace(&mut self.guest.held, false) {
+            return Answer::Resumed;
+        }
+        match self.guest.resume() {
+            Ok(()) => Answer::Resumed,
+            Err(error) => Answer::Error(format!("cannot resume the guest: {error}")),
+        }
+    }
+
+    /// The guest has ended by itself: does what was asked for that.
+    fn ended(&mut self) -> anyhow::Result<After> {
+        let Some(end) = self.guest.guest.health().ended() else { return Ok(After::Go) };
+        warn!(%end, "the guest has ended");
+        // The others must not run on without one of them.
+        self.guest.pause()?;
+        let then = match end {
+            End::PowerOff => self.spec.on_power_off,
+            End::Reset => self.spec.on_reset,
+            End::Crashed(_) => self.spec.on_crash,
+        };
+        match then {
+            Then::Keep => Ok(After::Go),
+            Then::Stop => {
+                self.clients.tell_waiting(&Answer::Ended(end));
+                Ok(After::End)
+            }
+            Then::Restart => {
+                if let Err(error) = self.restart() {
+                    self.clients.tell_waiting(&Answer::Error(format!("cannot restart the guest: {error:#}")));
+                    return Err(error.context("cannot restart the guest"));
+                }
+                Ok(After::Go)
+            }
+        }
+    }
+
+    fn restart(&mut self) -> anyhow::Result<()> {
+        self.guest.guest = first::boot_again(&self.spec, &self.machine)?;
+        if self.guest.held { Ok(()) } else { Ok(self.guest.guest.start()?) }
     }
 
     fn status(&self) -> Status {
         let memory = &self.machine.memories()[0];
         let mailbox = self.words.mailbox();
         let passes = mailbox.layout().map_or(0, |layout| mailbox.progress(&layout).pass);
+        let failure = self.guest.failure();
         Status {
+            name: self.spec.name.clone(),
             pid: process::id(),
+            state: match (&failure, self.guest.held) {
+                (Some(_), _) => GuestState::Ended,
+                (None, true) => GuestState::Paused,
+                (None, false) => GuestState::Running,
+            },
+            updates: self.history.updates,
+            age_ms: monotonic_ns().saturating_sub(self.history.made_ns) / 1_000_000,
             identity: self.machine.identity().to_string(),
-            guest: self.guest.0.kind(),
+            guest: self.guest.guest.kind(),
             memory_bytes: memory.inode.size_bytes(),
+            store: self.spec.store,
             page_size: memory.page_bytes,
             huge_bytes: memory.inode.mapping().huge_bytes().unwrap_or_default(),
             huge_refused: memory.account.and_then(|account| account.refused),
             ticks: mailbox.ticks(),
             passes,
             errors: mailbox.errors(),
-            failure: self.guest.0.failure(),
+            failure,
         }
     }
-
-    fn update(&mut self, request: &UpdateRequest) -> anyhow::Result<After> {
-        let timeouts = Timeouts {
-            prepare: Duration::from_millis(request.prepare_timeout_ms),
-            hand_over: Duration::from_millis(request.timeout_ms),
-        };
-        let ready = || -> anyhow::Result<_> {
-            let found = self.successor(request, timeouts)?;
-            self.guest.0.before_freeze()?;
-            Ok(found)
-        };
-        let (channel, started) = match ready() {
-            Ok(found) => found,
-            Err(error) => {
-                self.tell(&Answer::Update(Box::new(self.rolled_back(format!("{error:#}"), None))));
-                return Ok(After::Go);
-            }
-        };
-        let told = Told {
-            guest: self.guest.0.kind(),
-            before_pause: self.guest.0.before_pause(),
-            populate: request.populate,
-            probe: request.probe,
-            programs: self.programs.clone(),
-        };
-        let offer = Offer {
-            formats: self.guest.0.formats(),
-            descriptors: vec![(CONTROL.to_owned(), self.control.as_fd())],
-            vmm: serde_json::to_value(told)?,
-            timeouts,
-        };
-        let mut observer = |step: Step| debug!(%step, "predecessor");
-        let outcome = socket::hand_over(&mut self.machine, &mut self.guest, &channel, &offer, &mut observer);
-        drop(offer);
-        let outcome = match outcome {
-            Ok(outcome) => outcome,
-            Err(error) => {
-                let error = anyhow::Error::new(error).context("the guest is lost");
-                self.tell(&Answer::Error(format!("{error:#}")));
-                return Err(error);
-            }
-        };
-        match outcome {
-            Outcome::Updated(report) => {
-                let report = measure::report(&report, self.guest.0.stopped_ns());
-                info!(pause_us = report.pause_us, successor = report.successor_pid, "updated");
-                self.tell(&Answer::Update(Box::new(report)));
-                if let Some(started) = started {
-                    started.let_go();
-                }
-                Ok(After::End)
-            }
-            Outcome::RolledBack { reason, pause, .. } => {
-                let reason = why(reason, started);
-                let pause = pause.map(measure::micros_of);
-                self.tell(&Answer::Update(Box::new(self.rolled_back(reason, pause))));
-                Ok(After::Go)
-            }
-        }
-    }
-
-    fn rolled_back(&self, reason: String, pause_us: Option<f64>) -> UpdateReport {
-        let ticks = self.words.mailbox().ticks();
-        UpdateReport {
-            predecessor_pid: process::id(),
-            successor_pid: None,
-            outcome: UpdateOutcome::RolledBack,
-            reason: Some(reason),
-            pause_us,
-            guest_pause_us: None,
-            phases_us: std::collections::BTreeMap::new(),
-            ticks_before: ticks,
-            ticks_after: Some(ticks),
-            probe: None,
-        }
-    }
-
-    /// Starts the successor, or waits for it.
-    fn successor(
-        &self,
-        request: &UpdateRequest,
-        timeouts: Timeouts,
-    ) -> anyhow::Result<(Channel, Option<Started>)> {
-        match &request.successor {
-            Source::Program(path) => {
-                let program = Program::open(path, &self.programs)?;
-                let (channel, started) = program.start(["vmm", "succeed"])?;
-                Ok((channel, Some(started)))
-            }
-            Source::Listen(path) => Ok((accept(path, timeouts)?, None)),
-        }
-    }
-}
-
-/// Why an update was rolled back, in one line. Ends the successor, if it was started here and has not ended.
-fn why(reason: Reason, started: Option<Started>) -> String {
-    let gone = matches!(reason, Reason::Link { source: LinkError::Closed, .. });
-    let patience = if gone { DEATH } else { Duration::ZERO };
-    let ended = started.and_then(|mut started| started.ended(patience));
-    let reason = format!("{:#}", anyhow::Error::new(reason));
-    match ended {
-        Some(status) => format!("{reason} (its program ended by itself: {status})"),
-        None => reason,
-    }
-}
-
-fn accept(path: &Path, timeouts: Timeouts) -> anyhow::Result<Channel> {
-    let listener = Listener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
-    listener
-        .accept(Deadline::after(timeouts.prepare))
-        .with_context(|| format!("no successor came to {}", path.display()))
 }

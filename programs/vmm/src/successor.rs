@@ -1,33 +1,39 @@
 //! A VMM that takes a machine over.
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use anyhow::bail;
-use fdpass::Channel;
+use machine::Incoming;
+use machine::Machine;
+use machine::SettleError;
 use machine::update::Observer;
 use serde::Deserialize as _;
-use socket::Attached;
 use socket::Handed;
 use socket::Successor;
 use socket::Timeouts;
 use tracing::debug;
 use tracing::warn;
 
+use crate::clients::Clients;
+use crate::control::Answer;
 use crate::control::GuestKind;
 use crate::guest::AnyGuest;
+use crate::guest::Health;
 use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::kvm_guest;
 use crate::kvm_guest::KvmGuest;
 use crate::measure;
 use crate::measure::Before;
-use crate::serve::CONTROL;
+use crate::serve::History;
 use crate::serve::Told;
 use crate::serve::Vmm;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
+use crate::update::GO_ON;
 
 /// Where the predecessor is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +42,8 @@ pub enum Start {
     Started,
     /// It listens at this path.
     Connect(PathBuf),
+    /// This process executed it before, and it has left a hand-off in the descriptor with this number.
+    Executed(RawFd),
 }
 
 /// Takes a machine over from its VMM, and serves. `observer` is told each step as it is reached.
@@ -47,68 +55,144 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
     let successor = match start {
         Start::Started => Successor::from_stdin(&formats, timeouts)?,
         Start::Connect(path) => Successor::connect(path, &formats, timeouts)?,
+        Start::Executed(number) => return go_on(*number, observer)?.obey(),
     };
     let mut attached = successor.attach(observer)?;
-    let (told, control, guest) = match prepare(&mut attached) {
+    let told = attached.vmm().clone();
+    let prepared = Prepared::make(attached.incoming_mut(), &told);
+    let prepared = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
             attached.give_up(&format!("{error:#}"));
             return Err(error);
         }
     };
-    let handed = attached.claim(observer)?;
-    take_over(handed, &told, control, guest, observer)?.obey()
-}
-
-/// Everything that can be done while the guest runs in the predecessor.
-fn prepare(attached: &mut Attached) -> anyhow::Result<(Told, Channel, Box<dyn Served>)> {
-    let told = Told::deserialize(attached.vmm()).context("cannot read what the predecessor tells")?;
-    let control = attached.take_descriptor(CONTROL).context("no control channel came with the machine")?;
-    let control = Channel::from_fd(control)?;
-    if told.populate {
+    if prepared.told.populate {
         match attached.populate(&mut |_, _| {}) {
             Ok(populated) => debug!(?populated, "populated"),
             Err(error) => warn!(error = &error as &dyn std::error::Error, "the guest will be slow at first"),
         }
     }
-    let incoming = attached.incoming();
-    let [memory] = incoming.memories() else {
-        bail!("this VMM gives a guest one piece of memory, the machine has {}", incoming.memories().len());
-    };
-    let guest: Box<dyn Served> = match told.guest {
-        GuestKind::Kvm => Box::new(KvmGuest::prepare(memory, incoming.identity(), &told.before_pause)?),
-        GuestKind::Thread => Box::new(ThreadGuest::prepare(memory)?),
-    };
-    Ok((told, control, guest))
+    match attached.claim(observer) {
+        Ok(handed) => take_over(handed, prepared, observer)?.obey(),
+        Err(error) if error.is_rehearsed() => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What is ready before the state is there.
+struct Prepared {
+    told: Told,
+    clients: Clients,
+    guest: Box<dyn Served>,
+}
+
+impl Prepared {
+    fn make(incoming: &mut Incoming, told: &serde_json::Value) -> anyhow::Result<Self> {
+        let told = Told::deserialize(told).context("cannot read what the predecessor tells")?;
+        let clients = Clients::adopt(incoming.fds(), &told.clients, told.spec.socket.as_deref())?;
+        let [memory] = incoming.memories() else {
+            bail!(
+                "this VMM gives a guest one piece of memory, the machine has {}",
+                incoming.memories().len()
+            );
+        };
+        let vcpus = u32::try_from(incoming.vcpus()).context("more vCPUs than any VM has")?;
+        let health = Health::well()?;
+        let guest: Box<dyn Served> = match told.spec.guest {
+            GuestKind::Kvm => {
+                let identity = incoming.identity();
+                Box::new(KvmGuest::prepare(memory, identity, vcpus, &told.before_pause, health)?)
+            }
+            GuestKind::Thread => Box::new(ThreadGuest::prepare(memory, health)?),
+        };
+        Ok(Self { told, clients, guest })
+    }
+
+    /// Lets the guest run, whose machine is this process's now.
+    fn start(&mut self, machine: &Machine) -> anyhow::Result<(MemoryWords, Before)> {
+        let words = MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()));
+        let before = Before::look(&words, self.told.probe);
+        if !self.told.held {
+            self.guest.start().context("the guest is lost")?;
+        }
+        self.clients.own();
+        Ok((words, before))
+    }
+
+    /// What was seen of the guest since.
+    fn seen(&self, words: &MemoryWords, before: Before) -> measure::Told {
+        measure::after_update(words, before, (!self.told.held).then_some(&*self.guest))
+    }
+
+    fn serve(self, machine: Machine, words: MemoryWords, updated: bool) -> Vmm {
+        let Self { told, clients, guest } = self;
+        let guest = AnyGuest { guest, held: told.held };
+        let history = History { updates: told.history.updates + u64::from(updated), ..told.history };
+        Vmm { spec: told.spec, machine, guest, words, clients, programs: told.programs, history }
+    }
 }
 
 /// The successor's half of the pause, and what comes right after it.
-fn take_over(
-    handed: Handed,
-    told: &Told,
-    control: Channel,
-    mut guest: Box<dyn Served>,
-    observer: &mut dyn Observer,
-) -> anyhow::Result<Vmm> {
-    if let Err(error) = guest.load(handed.states()) {
+fn take_over(handed: Handed, mut prepared: Prepared, observer: &mut dyn Observer) -> anyhow::Result<Vmm> {
+    if let Err(error) = prepared.guest.load(handed.states()) {
         handed.give_up(&error.to_string());
         return Err(error.into());
     }
     let running = handed.run(observer)?;
-    let words = MemoryWords(Arc::clone(running.machine().memories()[0].inode.mapping()));
-    let before = Before::look(&words, told.probe);
-    guest.start().context("the guest is lost")?;
-    let tell = || {
-        let told = measure::after_update(&words, before, guest.entered_ns());
-        serde_json::to_value(told).unwrap_or_default()
-    };
+    let (words, before) = prepared.start(running.machine())?;
+    let tell = || serde_json::to_value(prepared.seen(&words, before)).unwrap_or_default();
     let machine = match running.settle(observer, tell) {
         Ok(machine) => machine,
         Err(unsettled) => {
-            // It runs; the next update tries to settle again, and says so if it cannot.
-            warn!(error = &unsettled.cause as &dyn std::error::Error, "the session is not settled");
+            unsettled_yet(&unsettled.cause);
             unsettled.machine
         }
     };
-    Ok(Vmm { machine, guest: AnyGuest(guest), words, control, programs: told.programs.clone() })
+    Ok(prepared.serve(machine, words, true))
+}
+
+/// It runs; the next update tries to settle again, and says so if it cannot.
+fn unsettled_yet(cause: &SettleError) {
+    warn!(error = cause as &dyn std::error::Error, "the session is not settled");
+}
+
+/// Runs the machine of the program that this process executed before. If that cannot be, executes it again.
+fn go_on(number: RawFd, observer: &mut dyn Observer) -> anyhow::Result<Vmm> {
+    let arguments = GO_ON.map(str::to_owned).to_vec();
+    let (life, way_back) = match exec::Life::begin(number, arguments, observer) {
+        Ok(begun) => begun,
+        Err(failed) => return Err(go_back(failed.error.into(), failed.way_back)),
+    };
+    let (running, mut prepared) = match load(life, observer) {
+        Ok(loaded) => loaded,
+        Err(error) => return Err(go_back(error, way_back)),
+    };
+    let (words, before) = prepared.start(running.machine())?;
+    drop(way_back);
+    let seen = prepared.seen(&words, before);
+    let (machine, report, settled) = running.settle(observer);
+    if let Err(error) = settled {
+        unsettled_yet(&error);
+    }
+    let updated = report.failed.is_none();
+    let answer = Answer::Update(Box::new(measure::report_of_exec(&report, &seen)));
+    prepared.clients.tell(prepared.told.asked_by, &answer);
+    Ok(prepared.serve(machine, words, updated))
+}
+
+fn load(mut life: exec::Life, observer: &mut dyn Observer) -> anyhow::Result<(exec::Running, Prepared)> {
+    let told = life.vmm().clone();
+    let mut prepared = Prepared::make(life.incoming(), &told)?;
+    let handed = life.claim(observer)?;
+    prepared.guest.load(handed.states())?;
+    Ok((handed.run(observer)?, prepared))
+}
+
+/// Executes the program before again, if there is a way back. What it returns is why there is none.
+fn go_back(error: anyhow::Error, way_back: Option<exec::WayBack>) -> anyhow::Error {
+    match way_back {
+        Some(way_back) => way_back.take(&format!("{error:#}")).into(),
+        None => error.context("the guest is lost"),
+    }
 }

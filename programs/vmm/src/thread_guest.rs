@@ -23,7 +23,9 @@ use region::PageSize;
 
 use crate::control::GuestKind;
 use crate::guest;
+use crate::guest::End;
 use crate::guest::GuestError;
+use crate::guest::Health;
 use crate::guest::MemoryWords;
 use crate::guest::STOP_TIMEOUT;
 use crate::guest::Served;
@@ -84,6 +86,7 @@ pub struct ThreadGuest {
     thread: Option<JoinHandle<()>>,
     memory: Arc<Inode>,
     layout: Layout,
+    health: Health,
 }
 
 impl ThreadGuest {
@@ -91,7 +94,7 @@ impl ThreadGuest {
     ///
     /// # Errors
     /// [`GuestError`]
-    pub fn first(memory: &Arc<Inode>) -> Result<Self, GuestError> {
+    pub fn first(memory: &Arc<Inode>, health: Health) -> Result<Self, GuestError> {
         let pause_threshold_cycles = guest::pause_threshold(CYCLES_PER_MS);
         let options = Options { pause_threshold_cycles, ..Options::new(CYCLES_PER_MS) };
         let image = Image::new(memory.size_bytes(), &options);
@@ -99,27 +102,49 @@ impl ThreadGuest {
         for (offset, bytes) in image.pieces() {
             memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
         }
-        Self::spawn(memory, *image.layout(), Some(Walk::new(image.layout(), monotonic_ns())))
+        Self::spawn(memory, *image.layout(), Some(Walk::new(image.layout(), monotonic_ns())), health)
     }
 
     /// A guest that is to be loaded.
     ///
     /// # Errors
     /// [`GuestError`]
-    pub fn prepare(memory: &Arc<Inode>) -> Result<Self, GuestError> {
+    pub fn prepare(memory: &Arc<Inode>, health: Health) -> Result<Self, GuestError> {
         let layout = MemoryWords(Arc::clone(memory.mapping())).mailbox().layout();
-        Self::spawn(memory, layout.map_err(below("read the guest's layout"))?, None)
+        Self::spawn(memory, layout.map_err(below("read the guest's layout"))?, None, health)
     }
 
-    fn spawn(memory: &Arc<Inode>, layout: Layout, still: Option<Walk>) -> Result<Self, GuestError> {
+    fn spawn(
+        memory: &Arc<Inode>,
+        layout: Layout,
+        still: Option<Walk>,
+        health: Health,
+    ) -> Result<Self, GuestError> {
         let words = MemoryWords(Arc::clone(memory.mapping()));
         let turn = Turn { wanted: Wanted::Still, still, stopped_ns: 0, entered_ns: 0 };
         let shared =
             Arc::new(Shared { turn: Mutex::new(turn), changed: Condvar::new(), stop: AtomicBool::new(true) });
         let theirs = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("guest".to_owned()).spawn(move || live(&theirs, &words));
+        let thread = thread::Builder::new().name("guest".to_owned()).spawn({
+            let health = health.clone();
+            move || {
+                let _fallen = Fallen(health);
+                live(&theirs, &words);
+            }
+        });
         let thread = Some(thread.map_err(below("start the guest's thread"))?);
-        Ok(Self { shared, thread, memory: Arc::clone(memory), layout })
+        Ok(Self { shared, thread, memory: Arc::clone(memory), layout, health })
+    }
+}
+
+/// Tells if the guest's thread falls over.
+struct Fallen(Health);
+
+impl Drop for Fallen {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.end(End::Crashed("its thread has panicked".to_owned()));
+        }
     }
 }
 
@@ -171,6 +196,10 @@ impl Guest for ThreadGuest {
         Ok(vec![(WALK_STATE, walk.encode().to_vec())])
     }
 
+    fn stopped_ns(&self) -> Option<u64> {
+        Some(self.shared.turn().stopped_ns).filter(|at| *at != 0)
+    }
+
     fn resume(&mut self) -> Result<(), GuestError> {
         self.start()
     }
@@ -207,18 +236,11 @@ impl Served for ThreadGuest {
         serde_json::Value::Null
     }
 
-    fn stopped_ns(&self) -> Option<u64> {
-        Some(self.shared.turn().stopped_ns).filter(|at| *at != 0)
-    }
-
     fn entered_ns(&self) -> Option<u64> {
         Some(self.shared.turn().entered_ns).filter(|at| *at != 0)
     }
 
-    fn failure(&self) -> Option<String> {
-        self.thread
-            .as_ref()
-            .is_none_or(JoinHandle::is_finished)
-            .then(|| "the guest's thread has ended".to_owned())
+    fn health(&self) -> &Health {
+        &self.health
     }
 }

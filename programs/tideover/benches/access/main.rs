@@ -34,6 +34,7 @@ use measure::plain::Plain;
 use measure::quiet::Quiet;
 use pulse::CHUNK_BYTES;
 use serde::Serialize;
+use vmm::control::Carrier;
 
 /// Guest memory that is measured if no size is asked for: more than any cache keeps.
 const MEMORY: [u64; 1] = [256 << 20];
@@ -269,7 +270,7 @@ impl Guests {
     fn update(&mut self) -> Result<()> {
         self.chain.go()?;
         for _ in 0..UPDATES {
-            self.chain.update(How { populate: true, probe: false })?;
+            self.chain.update(How { carrier: Carrier::Socket, populate: true, probe: false })?;
             two_passes(|| self.chain.passes())?;
         }
         self.chain.hold()

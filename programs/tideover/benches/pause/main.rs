@@ -34,6 +34,7 @@ use measure::numbers::Spread;
 use measure::plain::Plain;
 use measure::quiet::Quiet;
 use serde::Serialize;
+use vmm::control::Carrier;
 
 /// Sizes that are measured if none is asked for.
 const MEMORY: [u64; 3] = [64 << 20, 1 << 30, 8 << 30];
@@ -49,7 +50,7 @@ const FIRST_PASS: Duration = Duration::from_secs(30);
 const PROBES: u32 = 3;
 
 /// Steps of an update while the guest stands still.
-const PHASES: [&str; 5] = ["saved", "sealed", "claimed", "loaded", "running"];
+const PHASES: [&str; 6] = ["paused", "saved", "sealed", "claimed", "loaded", "running"];
 
 /// An update and a hop, in microseconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -94,8 +95,7 @@ struct Curve {
     huge_bytes: (u64, u64),
     by_host: Comparison,
     by_guest: Comparison,
-    /// Where the pause goes, by the host's clock, in microseconds. `threads` is what is not one of the steps: from the
-    /// vCPU's thread to the one that makes the update, and back in the successor.
+    /// Where the pause goes, by the host's clock, in microseconds.
     phases_us: BTreeMap<String, Spread>,
     floor_save_us: Spread,
     floor_load_us: Spread,
@@ -206,11 +206,11 @@ impl Guests {
     fn pair(&mut self, number: u32, quiet: &mut Quiet) -> Result<Pair> {
         quiet.wait();
         let (report, hop) = if number.is_multiple_of(2) {
-            let report = self.update(How { populate: true, probe: false })?;
+            let report = self.update(How { carrier: Carrier::Socket, populate: true, probe: false })?;
             (report, self.hop()?)
         } else {
             let hop = self.hop()?;
-            (self.update(How { populate: true, probe: false })?, hop)
+            (self.update(How { carrier: Carrier::Socket, populate: true, probe: false })?, hop)
         };
         let ours_us = report.pause_us.context("the update has no pause")?;
         let seen = report.guest_pause_us.context("the guest saw no pause")?;
@@ -252,7 +252,7 @@ impl Guests {
         let (mut cold, mut warm, mut until) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..PROBES {
             quiet.wait();
-            let report = self.update(How { populate: populated, probe: true })?;
+            let report = self.update(How { carrier: Carrier::Socket, populate: populated, probe: true })?;
             let probe = report.probe.context("the guest was not probed")?;
             cold.push(probe.cold_ns);
             warm.push(probe.warm_ns);
@@ -287,12 +287,10 @@ fn compare(pairs: &[Pair], ours: fn(&Pair) -> f64, floor: fn(&Pair) -> f64) -> R
 
 fn phases(pairs: &[Pair]) -> Result<BTreeMap<String, Spread>> {
     let took = |pair: &Pair, phase: &str| pair.phases_us.get(phase).copied().unwrap_or_default();
-    let steps = |pair: &Pair| PHASES.iter().map(|phase| took(pair, phase)).sum::<f64>();
     let mut phases = BTreeMap::new();
     for phase in PHASES {
         phases.insert(phase.to_owned(), spread(pairs, |pair| took(pair, phase))?);
     }
-    phases.insert("threads".to_owned(), spread(pairs, |pair| pair.ours_us - steps(pair))?);
     Ok(phases)
 }
 

@@ -97,7 +97,7 @@ fn phases(report: &Report) -> String {
     let header = [
         "memory",
         "pages",
-        "threads",
+        "paused",
         "saved",
         "sealed",
         "claimed",
@@ -111,10 +111,10 @@ fn phases(report: &Report) -> String {
         let median = |phase: &str| {
             curve.phases_us.get(phase).map_or_else(String::new, |spread| format!("{:.0}", spread.median))
         };
-        let [saved, sealed, claimed, loaded, running] = PHASES.map(median);
+        let [paused, saved, sealed, claimed, loaded, running] = PHASES.map(median);
         let floor = |spread: &Spread| format!("{:.0}", spread.median);
         let (save, load) = (floor(&curve.floor_save_us), floor(&curve.floor_load_us));
-        [memory, pages, median("threads"), saved, sealed, claimed, loaded, running, save, load]
+        [memory, pages, paused, saved, sealed, claimed, loaded, running, save, load]
     });
     table(header, rows)
 }

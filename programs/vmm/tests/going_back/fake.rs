@@ -138,7 +138,10 @@ impl Heard {
             fd: fd.try_clone().expect("there is room for a descriptor"),
             len_bytes: *len_bytes,
         };
-        Incoming::attach(self.regions.iter().zip(&self.fds).map(region).collect()).expect("it is a machine")
+        let others = self.fds.iter().skip(self.regions.len());
+        let others = others.map(|fd| fd.try_clone().expect("there is room for a descriptor"));
+        let regions = self.regions.iter().zip(&self.fds).map(region).collect();
+        Incoming::attach(regions, others.collect()).expect("it is a machine")
     }
 
     /// Writes nonsense over the word that says who owns the machine.

@@ -6,6 +6,7 @@
 //! tests.
 #![forbid(unsafe_code)]
 
+mod executed;
 mod fake;
 mod holes;
 mod in_place;
@@ -70,16 +71,21 @@ fn main() -> ExitCode {
     }
     let tests = tests![
         // The longest first: the last ones have no company.
+        executed::a_thousand_updates_leave_nothing_behind,
         stalled::a_successor_that_is_stopped_and_wakes_late_runs_nothing,
         lone_predecessor::one_that_stalls_runs_on_or_finds_its_successor_running,
         lone_predecessor::one_that_dies_is_succeeded_from_the_seal_on,
         killed::a_successor_killed_at_any_step_leaves_the_guest_running,
+        executed::a_process_that_executes_the_next_program_stays_the_same,
+        executed::a_program_that_fails_after_execve_leaves_the_guest_to_the_one_before,
+        executed::a_program_that_fails_in_the_rehearsal_is_not_executed,
         killed::a_successor_that_connects_and_is_killed_leaves_the_guest_running,
         stalled::a_successor_that_is_stopped_is_ended_by_who_started_it,
         stalled::a_successor_that_wakes_after_another_took_over_runs_nothing,
         irrevocable::a_guest_dies_with_the_successor_that_runs_it,
         irrevocable::a_successor_stopped_while_it_runs_the_guest_goes_on_with_it,
         out_of_line::a_successor_that_says_anything_else_is_left_behind,
+        out_of_line::who_comes_and_says_nothing_keeps_no_successor_from_coming,
         out_of_line::a_successor_of_other_formats_is_refused,
         out_of_line::a_machine_is_claimed_by_its_word_and_not_by_messages,
         out_of_line::a_destroyed_word_stops_the_guest,

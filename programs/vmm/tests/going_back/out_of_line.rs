@@ -20,6 +20,7 @@ use crate::rig::Rig;
 
 for_each_guest!(
     a_successor_that_says_anything_else_is_left_behind,
+    who_comes_and_says_nothing_keeps_no_successor_from_coming,
     a_successor_of_other_formats_is_refused,
     a_machine_is_claimed_by_its_word_and_not_by_messages,
     a_destroyed_word_stops_the_guest,
@@ -103,20 +104,38 @@ fn a_successor_that_says_anything_else_is_left_behind(guest: GuestKind) {
         let name = due["message"].as_str().expect("a message has a name");
         for instead in Instead::ALL {
             let (long_enough, brief) = (Duration::from_secs(1), Duration::from_millis(150));
+            // Who comes and says nothing is no successor, and the next one is waited for.
+            let stray = step == Step::Connected
+                && matches!(instead, Instead::Goes | Instead::SaysNothing | Instead::IsSilent);
             let socket = match (instead, step) {
-                (Instead::IsSilent, Step::Connected) => rig.listen(brief, brief),
+                _ if stray => rig.listen(brief, brief),
                 (Instead::IsSilent, _) => rig.listen(long_enough, brief),
                 _ => rig.listen_long(),
             };
             let (fake, _heard) = Fake::after(&socket, turn);
             let _open = instead.of(fake, &due);
-            let reason = did_not_get_to(step) + &instead.reason(name);
+            let reason = match stray {
+                true => format!("no successor came to {}: nobody connected in time", socket.display()),
+                false => did_not_get_to(step) + &instead.reason(name),
+            };
             rig.assert_rolled_back(&rig.update_report(), pid, brief, &[&reason]);
         }
         rig.assert_runs_in(pid);
     }
     let next = rig.update_well();
     rig.assert_runs_in(next);
+}
+
+fn who_comes_and_says_nothing_keeps_no_successor_from_coming(guest: GuestKind) {
+    let rig = Rig::start(guest);
+    let pid = rig.status().pid;
+    let socket = rig.listen_long();
+    drop(Fake::connect(&socket));
+    let _silent = Fake::connect(&socket);
+    let successor = rig.successor(&socket);
+    let report = rig.update_report();
+    assert_eq!((report.predecessor_pid, report.successor_pid), (pid, Some(successor.pid())), "{report:?}");
+    rig.assert_runs_in(successor.pid());
 }
 
 fn a_successor_of_other_formats_is_refused(guest: GuestKind) {
@@ -168,7 +187,7 @@ fn the_successor_refuses_by_itself() {
         let ours = Fake::new(ours);
         let offer = json!({
             "message": "offer", "protocol": protocol, "identity": "0", "formats": [format],
-            "regions": [], "descriptors": [], "vmm": null,
+            "regions": [], "descriptors": 0, "vmm": null,
         });
         ours.say(&offer).expect("it fits");
         let error = Successor::greet(theirs, &["known-v1"], Timeouts::default()).expect_err("a refusal");

@@ -120,7 +120,7 @@ pub(crate) fn children(pid: u32) -> Vec<u32> {
     of_task.collect::<String>().split(' ').filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// What a process holds: how many threads, and how many descriptors of each kind of file.
+/// What a process holds: how many threads, and how many descriptors and mappings of each file.
 pub(crate) fn holdings(pid: u32) -> BTreeMap<String, usize> {
     let count = |folder: &str| fs::read_dir(format!("/proc/{pid}/{folder}")).expect("it lives").flatten();
     let mut holdings = BTreeMap::from([("threads".to_owned(), count("task").count())]);
@@ -129,6 +129,10 @@ pub(crate) fn holdings(pid: u32) -> BTreeMap<String, usize> {
         // Numbers tell one socket or anonymous file from another, and are not the kind.
         let kind = target.split_once(":[").map_or(target.as_str(), |(kind, _)| kind).to_owned();
         *holdings.entry(kind).or_default() += 1;
+    }
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it lives");
+    for path in maps.lines().filter_map(|line| Some(line.split_once('/')?.1)) {
+        *holdings.entry(format!("mapped {path}")).or_default() += 1;
     }
     holdings
 }

@@ -19,10 +19,10 @@ use rustix::process::Signal;
 use rustix::process::kill_process;
 use tideover_vmm::control;
 use tideover_vmm::control::Answer;
+use tideover_vmm::control::Carrier;
 use tideover_vmm::control::CheckReport;
 use tideover_vmm::control::GuestKind;
 use tideover_vmm::control::MachineSpec;
-use tideover_vmm::control::Pages;
 use tideover_vmm::control::Request;
 use tideover_vmm::control::Source;
 use tideover_vmm::control::Status;
@@ -33,6 +33,7 @@ use tideover_vmm::control::UpdateRequest;
 use crate::processes::Process;
 use crate::processes::await_listener;
 use crate::roles;
+use crate::roles::Executed;
 use crate::roles::First;
 use crate::roles::Plan;
 use crate::roles::Role;
@@ -118,6 +119,7 @@ impl Rig {
         let socket = folder.socket();
         roles::write(&folder.0, "first.json", &First { spec, programs, plan, socket: socket.clone() });
         roles::write(&folder.0, "plan.json", &Plan::well());
+        roles::write(&folder.0, "executed.json", &Executed::Well);
         let (control, theirs) = Channel::pair().expect("a socket can be made");
         let mut command = command(&folder.0, role, Path::new(""));
         command.stdin(Stdio::from(theirs.into_stdio()));
@@ -130,6 +132,11 @@ impl Rig {
     /// What the next successor will do.
     pub(crate) fn plan(&self, plan: &Plan) {
         roles::write(&self.folder.0, "plan.json", plan);
+    }
+
+    /// How the program fares that the VMM executes next.
+    pub(crate) fn execution(&self, executed: Executed) {
+        roles::write(&self.folder.0, "executed.json", &executed);
     }
 
     /// Where a VMM of [`Rig::alone`] listens.
@@ -172,7 +179,7 @@ impl Rig {
         match self.answer() {
             Some(Answer::Status(status)) => {
                 self.seen.borrow_mut().insert(status.pid);
-                status
+                *status
             }
             other => panic!("no status: {other:?}\n{}", self.said()),
         }
@@ -296,7 +303,7 @@ impl Drop for Rig {
 
 /// A machine whose memory is all there from the start.
 fn spec(guest: GuestKind, memory_bytes: u64) -> MachineSpec {
-    MachineSpec { name: NAME.to_owned(), memory_bytes, pages: Pages::Small, prefault: true, guest }
+    MachineSpec::new(NAME, memory_bytes, guest)
 }
 
 fn command(folder: &Path, role: Role, socket: &Path) -> Command {
@@ -310,6 +317,7 @@ pub(crate) fn request(successor: Source, prepare: Duration, hand_over: Duration)
     let millis = |span: Duration| u64::try_from(span.as_millis()).expect("a short span");
     Request::Update(UpdateRequest {
         successor,
+        carrier: Carrier::Socket,
         populate: true,
         probe: false,
         timeout_ms: millis(hand_over),

@@ -30,7 +30,9 @@ use serde_json::json;
 use socket::Offer;
 use socket::Outcome;
 use socket::Timeouts;
+use tideover_vmm::Health;
 use tideover_vmm::KvmGuest;
+use tideover_vmm::NewVm;
 use tideover_vmm::Served;
 use tideover_vmm::Start;
 use tideover_vmm::ThreadGuest;
@@ -156,6 +158,17 @@ pub(crate) fn pid_of(pid: u32) -> Pid {
     pid.expect("process ids are positive and fit")
 }
 
+/// How a program fares that a VMM executes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Executed {
+    /// All goes well.
+    Well,
+    /// It finds at once that it cannot run the machine.
+    FailsAtOnce,
+    /// It finds so after it has claimed the machine.
+    FailsWhenClaimed,
+}
+
 /// What the first VMM of a test is told.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct First {
@@ -187,6 +200,7 @@ pub(crate) fn play(folder: &Path, arguments: &[String]) -> ExitCode {
         }
         ["vmm", "alone"] => alone(folder),
         ["vmm", "succeed"] => succeed(folder, &Start::Started),
+        ["vmm", "succeed", "--handoff", number] => go_on(folder, number),
         ["vmm", "succeed", path] => succeed(folder, &Start::Connect(path.into())),
         _ => Err(anyhow::anyhow!("no role: {arguments:?}")),
     };
@@ -208,11 +222,32 @@ fn succeed(folder: &Path, start: &Start) -> anyhow::Result<()> {
     tideover_vmm::succeed(start, plan.timeouts(), &mut |step: Step| plan.pass(Place::At(step)))
 }
 
+/// Runs the machine of the program before. One that is to fail does so once: the program before is this one, too.
+fn go_on(folder: &Path, number: &str) -> anyhow::Result<()> {
+    let executed: Executed = read(folder, "executed.json")?;
+    let number = number.parse()?;
+    let nothing = &mut |_: Step| ();
+    if executed == Executed::Well {
+        return tideover_vmm::succeed(&Start::Executed(number), Timeouts::default(), nothing);
+    }
+    write(folder, "executed.json", &Executed::Well);
+    let arguments = ["vmm", "succeed", "--handoff"].map(str::to_owned).to_vec();
+    let (life, way_back) = exec::Life::begin(number, arguments, nothing).map_err(|failed| failed.error)?;
+    let handed = match executed {
+        Executed::FailsWhenClaimed => Some(life.claim(nothing)?),
+        _ => None,
+    };
+    let error = way_back.expect("it was not executed to go back").take("it was told to fail");
+    drop(handed);
+    Err(error.into())
+}
+
 /// Says hello by hand, which the library does in one with what follows.
 fn greet_only(start: &Start, plan: &Plan) -> anyhow::Result<()> {
     let channel = match start {
         Start::Started => Channel::from_stdin()?,
         Start::Connect(path) => fdpass::connect(path, Deadline::after(plan.timeouts().prepare))?,
+        Start::Executed(_) => anyhow::bail!("there is nobody to greet"),
     };
     channel.send(&fake::bytes(&fake::hello()), &[], Deadline::after(plan.timeouts().prepare))?;
     plan.pass(Place::Greeted);
@@ -242,11 +277,11 @@ fn alone(folder: &Path) -> anyhow::Result<()> {
     let memory = &machine.memories()[0].inode;
     match told.spec.guest {
         GuestKind::Kvm => {
-            let guest = KvmGuest::first(memory, machine.identity())?;
+            let guest = KvmGuest::first(NewVm::make()?, memory, machine.identity(), Health::well()?)?;
             hand_over(&told, machine, guest, control)
         }
         GuestKind::Thread => {
-            let guest = ThreadGuest::first(memory)?;
+            let guest = ThreadGuest::first(memory, Health::well()?)?;
             hand_over(&told, machine, guest, control)
         }
     }
@@ -263,13 +298,17 @@ fn hand_over<G: Served + 'static>(
     let channel = listener.accept(Deadline::after(Duration::from_secs(20)))?;
     let offer = Offer {
         formats: guest.formats(),
-        descriptors: vec![("control".to_owned(), control.as_fd())],
+        fds: vec![(machine::FdName::literal("client0"), control.as_fd())],
         vmm: json!({
-            "guest": told.spec.guest,
+            "spec": told.spec,
             "before_pause": guest.before_pause(),
             "populate": true,
             "probe": false,
+            "held": false,
+            "clients": ["asks"],
+            "asked_by": 0,
             "programs": told.programs,
+            "history": { "made_ns": 0, "updates": 0 },
         }),
         timeouts: told.plan.timeouts(),
     };
@@ -280,7 +319,8 @@ fn hand_over<G: Served + 'static>(
         Outcome::Updated(_) => Ok(()),
         Outcome::RolledBack { reason, .. } => {
             eprintln!("{} rolled back: {:#}", std::process::id(), anyhow::Error::new(reason));
-            tideover_vmm::serve(machine, Box::new(guest), control, told.programs.clone())
+            let spec = told.spec.clone();
+            tideover_vmm::serve(spec, machine, Box::new(guest), control, told.programs.clone())
         }
     }
 }

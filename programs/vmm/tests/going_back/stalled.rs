@@ -58,7 +58,9 @@ fn last_words(place: Place) -> &'static str {
     match place {
         Place::Started => "cannot connect to the predecessor: there is no socket at",
         Place::Greeted => "the peer has closed the channel",
-        Place::At(Step::Received | Step::Attached | Step::Warm) => "the update is off",
+        // What went with the machine for that update does so no more.
+        Place::At(Step::Received) => "the descriptors that go with the machine are not those of its session",
+        Place::At(Step::Attached | Step::Warm) => "the update is off",
         _ => "the machine was taken back",
     }
 }

@@ -1,0 +1,147 @@
+//! Starting a machine: what it needs of the host, and its first VMM.
+
+use std::fs::File;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Child;
+use std::process::Command;
+use std::process::Stdio;
+use std::time::Duration;
+use std::time::Instant;
+
+use ::vmm::control::Answer;
+use ::vmm::control::Client;
+use ::vmm::control::GuestKind;
+use ::vmm::control::MachineSpec;
+use ::vmm::control::Request;
+use ::vmm::control::Status;
+use anyhow::Context as _;
+use anyhow::bail;
+use fdpass::Channel;
+
+use crate::cli;
+use crate::progress::Bar;
+use crate::size;
+
+pub(crate) fn choose_guest(asked: Option<cli::Guest>) -> anyhow::Result<GuestKind> {
+    let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    match (asked, kvm) {
+        (Some(cli::Guest::Thread), _) => Ok(GuestKind::Thread),
+        (_, Ok(_)) => Ok(GuestKind::Kvm),
+        (Some(cli::Guest::Kvm), Err(error)) => {
+            bail!("--guest kvm: cannot open /dev/kvm: {error}. Load KVM, or get the right to use it")
+        }
+        (None, Err(error)) => {
+            complain!("##################################################################");
+            complain!("# WARNING: NO KVM. Cannot open /dev/kvm: {error}");
+            complain!("# A thread plays the guest: memory and hand-over are real, the VM is not.");
+            complain!("##################################################################");
+            Ok(GuestKind::Thread)
+        }
+    }
+}
+
+/// Refuses what the host could only answer by killing the VMM.
+pub(crate) fn check_memory(wanted: u64) -> anyhow::Result<()> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib =
+        line.and_then(|line| line.trim().strip_suffix("kB")).and_then(|kib| kib.trim().parse::<u64>().ok());
+    match kib.map(|kib| kib << 10) {
+        Some(available) if available < wanted => bail!(
+            "--memory {}: this host has {} of memory available; ask for less",
+            size::show(wanted),
+            size::show(available & !((1 << 20) - 1))
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// The VMM that makes the machine. Unless it is [let go](FirstVmm::let_go), it and its successors end when this is
+/// dropped.
+pub(crate) struct FirstVmm {
+    client: Option<Client>,
+    process: Option<Child>,
+}
+
+impl FirstVmm {
+    /// Starts it. With a log it is on its own: in a session of its own, and what it says goes there.
+    /// The machine may be updated to `allowed`, too.
+    pub(crate) fn start(
+        program: &Path,
+        spec: &MachineSpec,
+        allowed: &[PathBuf],
+        log: Option<File>,
+    ) -> anyhow::Result<Self> {
+        let (ours, theirs) = Channel::pair()?;
+        let mut command = Command::new(program);
+        command.args(["vmm", "run", "--spec", &serde_json::to_string(spec)?]);
+        for program in allowed {
+            command.arg("--allow-program").arg(program);
+        }
+        if let Some(log) = log {
+            command.arg("--detach").stdout(Stdio::null()).stderr(log);
+        }
+        let process = command.stdin(Stdio::from(theirs.into_stdio())).spawn();
+        let process = process.with_context(|| format!("cannot start the VMM {}", program.display()))?;
+        Ok(Self { client: Some(Client::new(ours)), process: Some(process) })
+    }
+
+    /// Who to ask.
+    pub(crate) fn client(&self) -> anyhow::Result<&Client> {
+        self.client.as_ref().context("the VMM was let go")
+    }
+
+    /// Waits for the machine to be made; the guest has to have begun its work.
+    pub(crate) fn await_status(&self, bar: &Bar) -> anyhow::Result<Status> {
+        loop {
+            match self.client()?.ask(&Request::Status, &mut |what, done, of| bar.at(what, done, of))? {
+                Answer::Status(status) if status.ticks > 0 || status.failure.is_some() => {
+                    return match status.failure {
+                        Some(why) => bail!("{why}"),
+                        None => Ok(*status),
+                    };
+                }
+                Answer::Status(_) => std::thread::sleep(Duration::from_millis(1)),
+                other => bail!("unexpected answer to status: {other:?}"),
+            }
+        }
+    }
+
+    /// Adds how the VMM ended, if the first one did while it was needed.
+    pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+        std::thread::sleep(Duration::from_millis(50));
+        match self.process.as_mut().map(Child::try_wait) {
+            Some(Ok(Some(status))) if !status.success() => error.context(format!("the VMM ended: {status}")),
+            _ => error,
+        }
+    }
+
+    /// Ends the machine.
+    pub(crate) fn stop(&mut self) -> anyhow::Result<()> {
+        match self.client()?.ask(&Request::Stop, &mut |_, _, _| {})? {
+            Answer::Stopped => Ok(()),
+            other => bail!("unexpected answer to stop: {other:?}"),
+        }
+    }
+
+    /// It lives on without us.
+    pub(crate) fn let_go(mut self) -> anyhow::Result<Client> {
+        self.process = None;
+        self.client.take().context("the VMM was let go")
+    }
+}
+
+impl Drop for FirstVmm {
+    fn drop(&mut self) {
+        // After an update it has ended long ago; else it ends as its control channel closes, or is made to.
+        self.client = None;
+        let Some(process) = &mut self.process else { return };
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < deadline && matches!(process.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _ = process.kill();
+        let _ = process.wait();
+    }
+}

@@ -1,0 +1,311 @@
+//! The verbs on machines that have a name.
+
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ::vmm::control::Answer;
+use ::vmm::control::Client;
+use ::vmm::control::End;
+use ::vmm::control::GuestState;
+use ::vmm::control::MachineSpec;
+use ::vmm::control::Request;
+use ::vmm::control::Source;
+use ::vmm::control::Status;
+use ::vmm::control::Then;
+use ::vmm::control::UpdateOutcome;
+use ::vmm::control::UpdateReport;
+use ::vmm::control::UpdateRequest;
+use anyhow::Context as _;
+use anyhow::bail;
+use comfy_table::Table;
+use comfy_table::presets;
+use fdpass::Deadline;
+use fdpass::Pidfd;
+use serde_json::json;
+use socket::Timeouts;
+
+use crate::cli;
+use crate::demo;
+use crate::first_vmm;
+use crate::first_vmm::FirstVmm;
+use crate::machines;
+use crate::progress::Bar;
+use crate::size;
+use crate::table;
+use crate::time;
+
+/// An update was called off.
+const CALLED_OFF: u8 = 4;
+/// The guest crashed.
+const CRASHED: u8 = 5;
+/// How long a VMM may take to say how it is, before it counts as busy.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Writes a result to standard output.
+fn say(text: &str) -> anyhow::Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context("cannot write the result")
+}
+
+fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    say(&(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+fn ask(client: &Client, request: &Request) -> anyhow::Result<Answer> {
+    client.ask(request, &mut |_, _, _| {})
+}
+
+fn ask_status(client: &Client) -> anyhow::Result<Status> {
+    match ask(client, &Request::Status)? {
+        Answer::Status(status) => Ok(*status),
+        other => bail!("unexpected answer to status: {other:?}"),
+    }
+}
+
+pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
+    machines::check_name(&arguments.name)?;
+    if machines::connect(&arguments.name).is_ok() {
+        bail!("there is a machine {} already: stop it first, or take another name", arguments.name);
+    }
+    let guest = first_vmm::choose_guest(arguments.guest)?;
+    first_vmm::check_memory(arguments.memory)?;
+    let directory = machines::make_directory()?;
+    let socket = machines::socket(&directory, &arguments.name);
+    let log = directory.join(format!("{}.log", arguments.name));
+    let (store, pages) = demo::memory(arguments.store, arguments.page_size)?;
+    let spec = MachineSpec {
+        store,
+        pages,
+        numa: arguments.numa.clone(),
+        prefault: !arguments.on_demand,
+        socket: Some(socket),
+        on_power_off: then(arguments.on_power_off),
+        on_reset: then(arguments.on_reset),
+        on_crash: then(arguments.on_crash),
+        ..MachineSpec::new(&arguments.name, arguments.memory, guest)
+    };
+    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&log);
+    let file = file.with_context(|| format!("cannot write the log {}", log.display()))?;
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let bar = Bar::new();
+    let mut vmm = FirstVmm::start(&program, &spec, &arguments.allow_program, Some(file))?;
+    let status = vmm.await_status(&bar).map_err(|error| vmm.explain(error));
+    let status = status.with_context(|| format!("cannot start machine {}", arguments.name))?;
+    bar.done();
+    match arguments.json {
+        true => say_json(&status)?,
+        false => say(&format!("{}\n", sentence(&status)))?,
+    }
+    let client = vmm.let_go()?;
+    if arguments.foreground { wait(&client) } else { Ok(ExitCode::SUCCESS) }
+}
+
+/// Waits for the guest's end, and says how it was.
+fn wait(client: &Client) -> anyhow::Result<ExitCode> {
+    match ask(client, &Request::Wait)? {
+        Answer::Stopped | Answer::Ended(End::PowerOff | End::Reset) => Ok(ExitCode::SUCCESS),
+        Answer::Ended(end @ End::Crashed(_)) => {
+            complain!("tideover: {end}");
+            Ok(ExitCode::from(CRASHED))
+        }
+        other => bail!("unexpected answer to wait: {other:?}"),
+    }
+}
+
+fn then(then: cli::Then) -> Then {
+    match then {
+        cli::Then::Stop => Then::Stop,
+        cli::Then::Restart => Then::Restart,
+        cli::Then::Keep => Then::Keep,
+    }
+}
+
+fn state(state: GuestState) -> &'static str {
+    match state {
+        GuestState::Running => "running",
+        GuestState::Paused => "paused",
+        GuestState::Ended => "ended",
+    }
+}
+
+fn sentence(status: &Status) -> String {
+    let failure = status.failure.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
+    format!(
+        "{}: {}{failure}, {}, {} of memory, process {}",
+        status.name,
+        state(status.state),
+        table::guest(status.guest),
+        size::show(status.memory_bytes),
+        status.pid
+    )
+}
+
+pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
+    let found = machines::names()?.into_iter().map(|name| {
+        let status = machines::connect(&name).and_then(|client| ask_status(&client.with_patience(LOOK)));
+        (name, status)
+    });
+    let found: Vec<_> = found.collect();
+    if arguments.json {
+        let all = found.iter().map(|(name, status)| match status {
+            Ok(status) => serde_json::to_value(status),
+            Err(error) => Ok(json!({ "name": name, "state": silence(error) })),
+        });
+        say_json(&all.collect::<Result<Vec<_>, _>>()?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if found.is_empty() {
+        complain!("tideover: no machines in {}", machines::directory().display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut shown = Table::new();
+    shown.load_style(presets::UTF8_BORDERS_ONLY);
+    shown.set_header(["name", "state", "process", "memory", "updates", "age"]);
+    for (name, status) in &found {
+        shown.add_row(match status {
+            Ok(status) => [
+                name.clone(),
+                state(status.state).to_owned(),
+                status.pid.to_string(),
+                size::show(status.memory_bytes),
+                status.updates.to_string(),
+                time::show(status.age_ms),
+            ],
+            Err(error) => {
+                let none = || "-".to_owned();
+                [name.clone(), silence(error).to_owned(), none(), none(), none(), none()]
+            }
+        });
+    }
+    say(&format!("{shown}\n"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a machine is that does not answer.
+fn silence(error: &anyhow::Error) -> &'static str {
+    if error.is::<machines::NoMachine>() { "dead" } else { "busy" }
+}
+
+pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
+    let status = ask_status(&machines::connect(&arguments.name)?)?;
+    if arguments.json {
+        say_json(&status)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text = format!("{}\n", sentence(&status));
+    text += &format!("  age        {}, VMM replaced {} times\n", time::show(status.age_ms), status.updates);
+    text += &format!(
+        "  memory     {}, pages of {} asked for, {} mapped in huge ones\n",
+        demo::store_name(status.store),
+        size::show(status.page_size),
+        size::show(status.huge_bytes)
+    );
+    text += &format!("  identity   {}\n", status.identity);
+    text += &format!(
+        "  guest      {} ticks, {} passes over its memory, {} errors found\n",
+        status.ticks, status.passes, status.errors
+    );
+    say(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn update(arguments: &cli::Update) -> anyhow::Result<ExitCode> {
+    let client = machines::connect(&arguments.name)?;
+    let millis = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
+    let request = Request::Update(UpdateRequest {
+        successor: arguments.program.clone().map_or(Source::Own, Source::Program),
+        carrier: arguments.carrier.of_request(),
+        populate: !arguments.no_populate,
+        probe: false,
+        timeout_ms: millis(arguments.timeout),
+        prepare_timeout_ms: millis(Timeouts::default().prepare),
+    });
+    let bar = Bar::new();
+    bar.say("updating");
+    let report = match ask(&client, &request)? {
+        Answer::Update(report) => report,
+        other => bail!("unexpected answer to update: {other:?}"),
+    };
+    bar.done();
+    match arguments.json {
+        true => say_json(&report)?,
+        false => say(&told(&arguments.name, &report))?,
+    }
+    Ok(match report.outcome {
+        UpdateOutcome::Updated => ExitCode::SUCCESS,
+        UpdateOutcome::RolledBack => ExitCode::from(CALLED_OFF),
+    })
+}
+
+fn told(name: &str, report: &UpdateReport) -> String {
+    let pause = |us: Option<f64>| match us {
+        Some(us) => format!("the guest stood still for {}", table::millis(us)),
+        None => "the guest did not stand still for it".to_owned(),
+    };
+    let reason = report.reason.as_deref().unwrap_or("no reason given");
+    match (report.outcome, report.successor_pid) {
+        (UpdateOutcome::Updated, Some(successor)) => {
+            let seen = report.guest_pause_us.map(|us| format!(" ({} as it saw it)", table::millis(us)));
+            format!(
+                "{name}: updated from process {} to {successor}; {}{}\n",
+                report.predecessor_pid,
+                pause(report.pause_us),
+                seen.unwrap_or_default()
+            )
+        }
+        _ => format!(
+            "{name}: NOT updated, and runs on in process {}: {reason}; {}\n",
+            report.predecessor_pid,
+            pause(report.pause_us)
+        ),
+    }
+}
+
+pub(crate) fn pause(arguments: &cli::Pause) -> anyhow::Result<ExitCode> {
+    change(&arguments.machine, &Request::Pause)
+}
+
+pub(crate) fn resume(arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
+    change(&arguments.machine, &Request::Resume)
+}
+
+/// Has a machine do something, and says how it is then.
+fn change(machine: &cli::Machine, request: &Request) -> anyhow::Result<ExitCode> {
+    let client = machines::connect(&machine.name)?;
+    match ask(&client, request)? {
+        Answer::Paused | Answer::Resumed => {}
+        other => bail!("unexpected answer to {request:?}: {other:?}"),
+    }
+    let status = ask_status(&client)?;
+    match machine.json {
+        true => say_json(&status)?,
+        false => say(&format!("{}\n", sentence(&status)))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn stop(arguments: &cli::Stop) -> anyhow::Result<ExitCode> {
+    let machine = &arguments.machine;
+    let client = machines::connect(&machine.name)?;
+    let status = ask_status(&client)?;
+    let process = Pidfd::of_number(status.pid);
+    match ask(&client, &Request::Stop)? {
+        Answer::Stopped => {}
+        other => bail!("unexpected answer to stop: {other:?}"),
+    }
+    let bar = Bar::new();
+    bar.say("waiting for the memory to be freed");
+    // Without a descriptor of the process, the end of the connection comes close.
+    match process {
+        Ok(process) => process.wait_exit(Deadline::never()).context("the VMM does not end")?,
+        Err(_) => client.await_end().context("the VMM does not end")?,
+    }
+    bar.done();
+    match machine.json {
+        true => say_json(&json!({ "name": status.name, "state": "stopped", "pid": status.pid }))?,
+        false => say(&format!("{}: stopped\n", machine.name))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

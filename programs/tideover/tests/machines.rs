@@ -1,0 +1,253 @@
+//! The verbs on machines that have a name, as their user has them.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::Output;
+use std::process::Stdio;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
+
+use fdpass::Deadline;
+use serde_json::Value;
+use vmm::control::Answer;
+use vmm::control::Client;
+use vmm::control::Request;
+
+/// A user's directory of machines. All that are left end when it is dropped.
+struct Host {
+    directory: PathBuf,
+}
+
+impl Host {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("tideover-host-{}-{number}", std::process::id()));
+        Self { directory }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tideover"));
+        command.args(arguments).env("TIDEOVER_DIR", &self.directory).stdin(Stdio::null());
+        command
+    }
+
+    fn tideover(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Runs a verb that has to succeed, and gives its JSON.
+    #[track_caller]
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.tideover(&[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Runs a verb that has to end with `code`, and gives what it says on standard error.
+    #[track_caller]
+    fn fails(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.tideover(arguments);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// A small machine whose guest is a thread.
+    fn run(&self, name: &str) -> Value {
+        self.json(&["run", name, "--memory", "8MiB", "--guest", "thread", "--page-size", "4KiB"])
+    }
+
+    fn client(&self, name: &str) -> Client {
+        let socket = self.directory.join(format!("{name}.sock"));
+        let soon = Deadline::after(Duration::from_secs(10));
+        Client::new(fdpass::connect(&socket, soon).unwrap()).with_patience(Duration::from_secs(20))
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let output = self.tideover(&["ls", "--json"]);
+        let machines: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        for machine in machines {
+            self.tideover(&["stop", machine["name"].as_str().unwrap_or_default()]);
+        }
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn ask(client: &Client, request: &Request) -> Answer {
+    client.ask(request, &mut |_, _, _| {}).unwrap()
+}
+
+#[test]
+fn a_machine_lives_from_run_to_stop_through_updates() {
+    let host = Host::new();
+    let made = host.run("web1");
+    assert_eq!(
+        (&made["name"], &made["state"], &made["updates"]),
+        (&"web1".into(), &"running".into(), &0.into())
+    );
+    let report = host.json(&["update", "web1"]);
+    assert_eq!((&report["outcome"], &report["predecessor_pid"]), (&"updated".into(), &made["pid"]));
+    let status = host.json(&["status", "web1"]);
+    assert_eq!((&status["pid"], &status["updates"]), (&report["successor_pid"], &1.into()));
+    assert_eq!(status["identity"], made["identity"]);
+    let listed = host.json(&["ls"]);
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    assert_eq!(listed[0]["pid"], status["pid"]);
+    assert_eq!(host.json(&["stop", "web1"])["state"], "stopped");
+    assert_eq!(host.json(&["ls"]), Value::Array(Vec::new()));
+    // One that nobody has reaped yet has no command line any more.
+    let left = std::fs::read(format!("/proc/{}/cmdline", status["pid"]));
+    assert!(left.unwrap_or_default().is_empty());
+}
+
+#[test]
+fn a_machine_of_kvm_lives_from_run_to_stop_through_updates() {
+    harness::need!(kvm);
+    let host = Host::new();
+    host.json(&["run", "vm", "--memory", "16MiB", "--guest", "kvm"]);
+    for updates in 1..=3 {
+        assert_eq!(host.json(&["update", "vm"])["outcome"], "updated");
+        assert_eq!(host.json(&["status", "vm"])["updates"], updates);
+    }
+    assert_eq!(host.json(&["status", "vm"])["errors"], 0);
+    host.json(&["stop", "vm"]);
+}
+
+/// The number of a process's thread of this name.
+fn thread(pid: &Value, name: &str) -> i32 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let named = |task: &std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name)
+    };
+    let found = tasks.into_iter().find(named).unwrap_or_else(|| panic!("{pid} has no thread {name}"));
+    found.file_name().to_str().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_vcpus_thread_keeps_its_name_and_how_it_is_scheduled() {
+    harness::need!(kvm);
+    let host = Host::new();
+    let made = host.json(&["run", "vm", "--memory", "16MiB", "--guest", "kvm"]);
+    let vcpu = thread(&made["pid"], "vcpu0");
+    let mut one = rustix::thread::CpuSet::new();
+    one.set(0);
+    rustix::thread::sched_setaffinity(rustix::process::Pid::from_raw(vcpu), &one).unwrap();
+    let niced = Command::new("renice").args(["-n", "7", "-p", &vcpu.to_string()]).output().unwrap();
+    assert!(niced.status.success(), "{niced:?}");
+    for carrier in ["socket", "exec"] {
+        let report = host.json(&["update", "vm", "--carrier", carrier]);
+        let pid = &report["successor_pid"];
+        let vcpu = thread(pid, "vcpu0");
+        let set = rustix::thread::sched_getaffinity(rustix::process::Pid::from_raw(vcpu)).unwrap();
+        assert_eq!((set.count(), set.is_set(0)), (1, true), "{carrier}");
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{vcpu}/stat")).unwrap();
+        // Field 19 of the file is the nice value; two stand before the name's closing bracket.
+        assert_eq!(stat.rsplit_once(") ").unwrap().1.split(' ').nth(16), Some("7"), "{carrier}: {stat}");
+    }
+}
+
+#[test]
+fn connections_live_through_an_update_and_are_answered_after_it() {
+    let host = Host::new();
+    host.run("m");
+    let (asks, waits) = (host.client("m"), host.client("m"));
+    let Answer::Status(before) = ask(&asks, &Request::Status) else { panic!("no status") };
+    let waiting = std::thread::spawn(move || ask(&waits, &Request::Wait));
+    for _ in 0..3 {
+        host.json(&["update", "m"]);
+    }
+    let Answer::Status(after) = ask(&asks, &Request::Status) else { panic!("no status") };
+    assert_ne!(after.pid, before.pid);
+    assert!(after.ticks > before.ticks);
+    assert!(!waiting.is_finished());
+    host.json(&["stop", "m"]);
+    assert_eq!(waiting.join().unwrap(), Answer::Stopped);
+    asks.await_end().unwrap();
+}
+
+#[test]
+fn a_paused_guest_stands_still_through_an_update_until_it_is_resumed() {
+    let host = Host::new();
+    host.run("m");
+    let ticks = || host.json(&["status", "m"])["ticks"].as_u64().unwrap();
+    assert_eq!(host.json(&["pause", "m"])["state"], "paused");
+    assert_eq!(host.json(&["pause", "m"])["state"], "paused");
+    let before = ticks();
+    let report = host.json(&["update", "m"]);
+    assert_eq!((&report["outcome"], &report["pause_us"]), (&"updated".into(), &Value::Null));
+    assert_eq!(host.json(&["status", "m"])["state"], "paused");
+    assert_eq!(ticks(), before);
+    assert_eq!(host.json(&["resume", "m"])["state"], "running");
+    let begun = Instant::now();
+    while ticks() == before {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the guest does not run on");
+    }
+    let client = host.client("m");
+    let Answer::Check(check) = ask(&client, &Request::Check) else { panic!("no check") };
+    assert_eq!((check.pages_lost, check.guest_errors), (0, 0), "{check:?}");
+}
+
+#[test]
+fn exit_codes_tell_what_went_wrong() {
+    let host = Host::new();
+    assert!(host.fails(3, &["status", "nobody"]).contains("there is no machine nobody"));
+    assert!(host.fails(1, &["run", "a/b"]).contains("is no name for a machine"));
+    assert!(host.fails(2, &["update"]).contains("Usage"));
+    host.run("m");
+    assert!(host.fails(1, &["run", "m"]).contains("there is a machine m already"));
+    let output = host.tideover(&["update", "m", "--program", "/bin/true"]);
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("NOT updated") && said.contains("/bin/true is none of the programs"), "{said}");
+    assert_eq!(host.json(&["status", "m"])["updates"], 0);
+}
+
+#[test]
+fn a_program_that_was_allowed_may_be_updated_to() {
+    let host = Host::new();
+    let other = std::env::temp_dir().join(format!("tideover-other-{}", std::process::id()));
+    std::fs::copy(env!("CARGO_BIN_EXE_tideover"), &other).unwrap();
+    let path = other.to_str().unwrap();
+    let arguments = ["run", "m", "--memory", "8MiB", "--guest", "thread", "--allow-program", path];
+    host.json(&arguments);
+    let report = host.json(&["update", "m", "--program", path]);
+    let program = std::fs::read_link(format!("/proc/{}/exe", report["successor_pid"])).unwrap();
+    assert_eq!(program, other);
+    // From now on that one is the VMM's own.
+    assert_eq!(host.json(&["update", "m"])["outcome"], "updated");
+    std::fs::remove_file(other).unwrap();
+}
+
+#[test]
+fn a_machine_whose_vmm_was_killed_is_dead_and_its_name_is_free() {
+    let host = Host::new();
+    let pid = host.run("m")["pid"].as_i64().unwrap();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let begun = Instant::now();
+    while host.json(&["ls"])[0]["state"] != "dead" {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the machine does not die");
+    }
+    host.fails(3, &["status", "m"]);
+    assert_eq!(host.run("m")["state"], "running");
+}
+
+#[test]
+fn a_foreground_run_stays_until_the_machine_ends() {
+    let host = Host::new();
+    let arguments = ["run", "m", "--memory", "8MiB", "--guest", "thread", "--foreground"];
+    let mut foreground = host.command(&arguments).stdout(Stdio::piped()).spawn().unwrap();
+    let begun = Instant::now();
+    while !host.tideover(&["status", "m"]).status.success() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "the machine does not come");
+    }
+    host.json(&["update", "m"]);
+    assert_eq!(foreground.try_wait().unwrap(), None);
+    host.json(&["stop", "m"]);
+    assert!(foreground.wait().unwrap().success());
+}

@@ -1,0 +1,236 @@
+//! The predecessor's side of an update.
+
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::process;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use anyhow::bail;
+use fdpass::Channel;
+use fdpass::Deadline;
+use fdpass::Listener;
+use machine::update::Guest as _;
+use machine::update::Step;
+use socket::LinkError;
+use socket::Offer;
+use socket::Outcome;
+use socket::Program;
+use socket::Reason;
+use socket::Started;
+use socket::Timeouts;
+use tracing::debug;
+use tracing::info;
+
+use crate::clients::ClientId;
+use crate::control::Answer;
+use crate::control::Carrier;
+use crate::control::Source;
+use crate::control::UpdateOutcome;
+use crate::control::UpdateReport;
+use crate::control::UpdateRequest;
+use crate::measure;
+use crate::serve::After;
+use crate::serve::Told;
+use crate::serve::Vmm;
+
+/// How long to wait for the end of a process whose end of the channel is closed.
+const DEATH: Duration = Duration::from_millis(500);
+
+/// How long somebody who connects may take to say hello.
+const HELLO: Duration = Duration::from_secs(1);
+/// What a program is told to take a machine over from another process.
+const SUCCEED: [&str; 2] = ["vmm", "succeed"];
+/// What a program is told to run the machine of the program that this process executed before.
+pub(crate) const GO_ON: [&str; 3] = ["vmm", "succeed", "--handoff"];
+
+fn timeouts(request: &UpdateRequest) -> Timeouts {
+    Timeouts {
+        prepare: Duration::from_millis(request.prepare_timeout_ms),
+        hand_over: Duration::from_millis(request.timeout_ms),
+    }
+}
+
+impl Vmm {
+    pub(crate) fn update(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<After> {
+        let updated = match request.carrier {
+            Carrier::Socket => self.hand_over(client, request),
+            Carrier::Exec => self.execute(client, request),
+        };
+        updated.inspect_err(|error| {
+            self.clients.tell(client, &Answer::Error(format!("{error:#}")));
+        })
+    }
+
+    fn told(&self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<serde_json::Value> {
+        let told = Told {
+            spec: self.spec.clone(),
+            before_pause: self.guest.guest.before_pause(),
+            populate: request.populate,
+            probe: request.probe,
+            held: self.guest.held,
+            clients: self.clients.modes(),
+            asked_by: client,
+            programs: self.programs.clone(),
+            history: self.history,
+        };
+        Ok(serde_json::to_value(told)?)
+    }
+
+    /// The guest runs on here, for a reason that came before anything was tried.
+    fn refuse(&self, client: ClientId, reason: String) -> After {
+        self.clients.tell(client, &Answer::Update(Box::new(self.rolled_back(reason, None))));
+        After::Go
+    }
+
+    fn hand_over(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<After> {
+        let timeouts = timeouts(request);
+        let ready = || -> anyhow::Result<_> {
+            let found = self.successor(request, timeouts)?;
+            self.guest.guest.before_freeze()?;
+            Ok(found)
+        };
+        let (channel, started) = match ready() {
+            Ok(found) => found,
+            Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
+        };
+        let offer = Offer {
+            formats: self.guest.guest.formats(),
+            fds: self.clients.fds(),
+            vmm: self.told(client, request)?,
+            timeouts,
+        };
+        let mut observer = |step: Step| debug!(%step, "predecessor");
+        let outcome = socket::hand_over(&mut self.machine, &mut self.guest, &channel, &offer, &mut observer);
+        drop(offer);
+        match outcome.context("the guest is lost")? {
+            Outcome::Updated(report) => {
+                let report = measure::report(&report, self.guest.stopped_ns());
+                info!(pause_us = report.pause_us, successor = report.successor_pid, "updated");
+                self.clients.tell(client, &Answer::Update(Box::new(report)));
+                self.clients.leave();
+                if let Some(started) = started {
+                    started.let_go();
+                }
+                Ok(After::End)
+            }
+            Outcome::RolledBack { reason, pause, .. } => {
+                drop(channel);
+                let report = self.rolled_back(why(reason, started), pause.map(measure::micros_of));
+                self.clients.tell(client, &Answer::Update(Box::new(report)));
+                Ok(After::Go)
+            }
+        }
+    }
+
+    /// Executes the successor's program, once it has shown in a process of its own that it can run the machine.
+    fn execute(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<After> {
+        let program = match self.rehearsed(client, request) {
+            Ok(program) => program,
+            Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
+        };
+        let offer = exec::Offer {
+            fds: self.clients.fds(),
+            vmm: self.told(client, request)?,
+            arguments: GO_ON.map(str::to_owned).to_vec(),
+        };
+        let mut observer = |step: Step| debug!(%step, "program before");
+        let back = exec::replace(&mut self.machine, &mut self.guest, &program, &offer, &mut observer);
+        let back = back.context("the guest is lost")?;
+        drop(offer);
+        let reason = format!("{:#}", anyhow::Error::new(back.reason));
+        let report = self.rolled_back(reason, back.pause.map(measure::micros_of));
+        self.clients.tell(client, &Answer::Update(Box::new(report)));
+        Ok(After::Go)
+    }
+
+    fn rehearsed(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<Program> {
+        let program = match &request.successor {
+            Source::Own => self.open(&own_path()?)?,
+            Source::Program(path) => self.open(path)?,
+            Source::Listen(_) => bail!("a program can be executed, not somebody who connects"),
+        };
+        self.guest.guest.before_freeze()?;
+        let (channel, started) = program.start(SUCCEED)?;
+        let offer = Offer {
+            formats: self.guest.guest.formats(),
+            fds: self.clients.fds(),
+            vmm: self.told(client, &UpdateRequest { populate: false, ..request.clone() })?,
+            timeouts: timeouts(request),
+        };
+        let mut observer = |step: Step| debug!(%step, "rehearsal");
+        let rehearsed = socket::rehearse(&mut self.machine, &channel, &offer, &mut observer);
+        rehearsed.map_err(|reason| anyhow::anyhow!(why(reason, Some(started))))?;
+        Ok(program)
+    }
+
+    fn open(&self, path: &Path) -> anyhow::Result<Program> {
+        Ok(Program::open(path, &self.programs)?)
+    }
+
+    fn rolled_back(&self, reason: String, pause_us: Option<f64>) -> UpdateReport {
+        let ticks = self.words.mailbox().ticks();
+        UpdateReport {
+            predecessor_pid: process::id(),
+            successor_pid: None,
+            outcome: UpdateOutcome::RolledBack,
+            reason: Some(reason),
+            pause_us,
+            guest_pause_us: None,
+            phases_us: std::collections::BTreeMap::new(),
+            ticks_before: ticks,
+            ticks_after: Some(ticks),
+            probe: None,
+        }
+    }
+
+    /// Starts the successor, or waits for it.
+    fn successor(
+        &self,
+        request: &UpdateRequest,
+        timeouts: Timeouts,
+    ) -> anyhow::Result<(Channel, Option<Started>)> {
+        let start = |path: &Path| -> anyhow::Result<_> {
+            let (channel, started) = self.open(path)?.start(SUCCEED)?;
+            Ok((channel, Some(started)))
+        };
+        match &request.successor {
+            Source::Own => start(&own_path()?),
+            Source::Program(path) => start(path),
+            Source::Listen(path) => Ok((listen(path, timeouts)?, None)),
+        }
+    }
+}
+
+fn own_path() -> anyhow::Result<std::path::PathBuf> {
+    Program::this_path().context("cannot find this program")
+}
+
+/// Why an update was rolled back, in one line. Ends the successor, if it was started here and has not ended.
+fn why(reason: Reason, started: Option<Started>) -> String {
+    let gone = matches!(reason, Reason::Link { source: LinkError::Closed, .. });
+    let patience = if gone { DEATH } else { Duration::ZERO };
+    let ended = started.and_then(|mut started| started.ended(patience));
+    let reason = format!("{:#}", anyhow::Error::new(reason));
+    match ended {
+        Some(status) => format!("{reason} (its program ended by itself: {status})"),
+        None => reason,
+    }
+}
+
+/// Waits for a successor that comes to `path`. Who comes and says nothing is none, and keeps nobody from coming after it.
+fn listen(path: &Path, timeouts: Timeouts) -> anyhow::Result<Channel> {
+    let listener = Listener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+    let deadline = Deadline::after(timeouts.prepare);
+    loop {
+        let channel =
+            listener.accept(deadline).with_context(|| format!("no successor came to {}", path.display()))?;
+        let soon = deadline.remaining().map_or(HELLO, |left| left.min(HELLO));
+        fdpass::ready(&[channel.as_fd()], Deadline::after(soon))
+            .context("cannot wait for a successor's hello")?;
+        if channel.has_message() {
+            return Ok(channel);
+        }
+        debug!("somebody came and said nothing");
+    }
+}
