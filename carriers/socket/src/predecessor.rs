@@ -12,16 +12,14 @@ use std::time::Duration;
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::MAX_MESSAGE_FDS;
-use fdpass::monotonic_ns;
-use gmem::Freeze;
-use gmem::FreezeError;
 use machine::FdName;
-use machine::KeepError;
 use machine::Machine;
 use machine::SealError;
 use machine::StateName;
 use machine::UnsealError;
 use machine::ownership::OwnershipError;
+use machine::update::Departure;
+use machine::update::DepartureError;
 use machine::update::Guest;
 use machine::update::Observer;
 use machine::update::Step;
@@ -120,27 +118,12 @@ pub enum Reason {
         /// The formats.
         formats: Vec<String>,
     },
-    /// Descriptors cannot go with the machine.
-    #[error("cannot hand over what goes with the machine")]
-    Fds(#[source] KeepError),
+    /// The machine does not get as far as its seal.
+    #[error(transparent)]
+    Departure(#[from] DepartureError),
     /// This process can have no more descriptors.
     #[error("cannot copy the machine's descriptors")]
     Descriptors(#[source] io::Error),
-    /// Guest memory could not be frozen.
-    #[error("cannot freeze the guest's memory")]
-    Freeze(#[source] FreezeError),
-    /// The guest could not be paused or saved.
-    #[error("cannot get to {step}")]
-    Guest {
-        /// The step that was to come.
-        step: Step,
-        /// Why.
-        #[source]
-        source: Box<dyn StdError + Send + Sync>,
-    },
-    /// The machine could not be sealed.
-    #[error("cannot seal the machine")]
-    Seal(#[source] SealError),
 }
 
 /// The guest runs nowhere.
@@ -174,18 +157,10 @@ pub enum Fatal {
 
 /// One update, from the predecessor's side.
 struct Update<'a, G: Guest> {
-    machine: &'a mut Machine,
-    guest: &'a mut G,
+    departure: Departure<'a, G>,
     channel: &'a Channel,
     offer: &'a Offer<'a>,
-    observer: &'a mut dyn Observer,
-    timeline: Timeline,
     successor_pid: u32,
-    /// They stand until it is decided who runs the guest.
-    freezes: Vec<Freeze>,
-    /// When the guest was told to stand still.
-    paused_ns: Option<u64>,
-    sealed: bool,
 }
 
 /// Hands the machine over to the successor at the other end of `channel`.
@@ -203,7 +178,8 @@ pub fn hand_over<G: Guest>(
     offer: &Offer<'_>,
     observer: &mut dyn Observer,
 ) -> Result<Outcome, Fatal> {
-    let mut update = Update::new(machine, guest, channel, offer, observer);
+    let departure = Departure::new(machine, guest, observer);
+    let mut update = Update { departure, channel, offer, successor_pid: 0 };
     match update.prepare().and_then(|()| update.pause_and_seal()) {
         Ok(()) => update.finish(),
         Err(reason) => update.go_back(reason),
@@ -222,7 +198,8 @@ pub fn rehearse(
     observer: &mut dyn Observer,
 ) -> Result<(), Reason> {
     let mut nobody = NoGuest;
-    let mut update = Update::new(machine, &mut nobody, channel, offer, observer);
+    let departure = Departure::new(machine, &mut nobody, observer);
+    let mut update = Update { departure, channel, offer, successor_pid: 0 };
     let prepared = update.prepare();
     match &prepared {
         Ok(()) => {
@@ -232,9 +209,7 @@ pub fn rehearse(
         }
         Err(reason) => message::refuse(channel, &format!("the rehearsal is off: {reason}")),
     }
-    if let Err(error) = update.machine.release_fds() {
-        warn!(error = &error as &dyn StdError, "the descriptors that were to go stay in the session for now");
-    }
+    update.departure.release_fds();
     prepared
 }
 
@@ -257,49 +232,23 @@ impl Guest for NoGuest {
     }
 }
 
-impl<'a, G: Guest> Update<'a, G> {
-    fn new(
-        machine: &'a mut Machine,
-        guest: &'a mut G,
-        channel: &'a Channel,
-        offer: &'a Offer<'a>,
-        observer: &'a mut dyn Observer,
-    ) -> Self {
-        Self {
-            machine,
-            guest,
-            channel,
-            offer,
-            observer,
-            timeline: Timeline::default(),
-            successor_pid: 0,
-            freezes: Vec::new(),
-            paused_ns: None,
-            sealed: false,
-        }
-    }
-
-    fn reached(&mut self, step: Step) {
-        self.timeline.note(step, monotonic_ns());
-        self.observer.reached(step);
-    }
-
+impl<G: Guest> Update<'_, G> {
     /// Takes in what the successor says of its steps, after `after` and up to `last`: of others it knows nothing.
     fn note(&mut self, steps: &[(String, u64)], after: Step, last: Step) {
         let known = steps.iter().filter_map(|(name, at)| Some((Step::named(name)?, *at)));
         known
             .filter(|(step, _)| *step > after && *step <= last)
-            .for_each(|(step, at)| self.timeline.note(step, at));
+            .for_each(|(step, at)| self.departure.note(step, at));
     }
 
     /// Everything that happens while the guest runs.
     fn prepare(&mut self) -> Result<(), Reason> {
         let deadline = Deadline::after(self.offer.timeouts.prepare);
         self.channel.require_same_user().map_err(Reason::Peer)?;
-        self.machine.keep_fds(&self.offer.fds, &crate::CAPABILITIES).map_err(Reason::Fds)?;
+        self.departure.keep_fds(&self.offer.fds, &crate::CAPABILITIES)?;
         self.agree(deadline)?;
         let link = |step| move |source| Reason::Link { step, source };
-        let fds = self.machine.descriptors().map_err(Reason::Descriptors)?;
+        let fds = self.departure.machine().descriptors().map_err(Reason::Descriptors)?;
         for fds in fds.chunks(MAX_MESSAGE_FDS) {
             let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
             message::send(self.channel, &Message::Memory, &fds, deadline).map_err(link(Step::Received))?;
@@ -309,7 +258,7 @@ impl<'a, G: Guest> Update<'a, G> {
             self.note(&steps, Step::Offered, Step::Attached);
         }
         // Not when the successor was ready, but when it is known here: from now on the guest does not run for long.
-        self.reached(Step::Warm);
+        self.departure.reached(Step::Warm);
         Ok(())
     }
 
@@ -328,9 +277,9 @@ impl<'a, G: Guest> Update<'a, G> {
         self.successor_pid = if peer == 0 || peer == process::id() { pid } else { peer };
         let (program, version) = (message::shown(&program), message::shown(&version));
         info!(pid, program, version, "a successor is here");
-        self.reached(Step::Connected);
+        self.departure.reached(Step::Connected);
         let formats: Vec<String> =
-            self.machine.formats().into_iter().chain(self.offer.formats.clone()).collect();
+            self.departure.machine().formats().into_iter().chain(self.offer.formats.clone()).collect();
         let unread: Vec<String> = formats.iter().filter(|format| !reads.contains(format)).cloned().collect();
         if !unread.is_empty() {
             let reason = format!("formats that you cannot read: {}", unread.join(", "));
@@ -339,32 +288,21 @@ impl<'a, G: Guest> Update<'a, G> {
         }
         let offer = Message::Offer {
             protocol: PROTOCOL,
-            identity: self.machine.identity().to_string(),
+            identity: self.departure.machine().identity().to_string(),
             formats,
-            regions: self.machine.regions().map(region::Region::len_bytes).collect(),
-            descriptors: self.machine.fd_count(),
+            regions: self.departure.machine().regions().map(region::Region::len_bytes).collect(),
+            descriptors: self.departure.machine().fd_count(),
             vmm: self.offer.vmm.clone(),
         };
         message::send(self.channel, &offer, &[], deadline).map_err(link(Step::Offered))?;
         message::receive(self.channel, "accept", deadline).map_err(link(Step::Offered))?;
-        self.reached(Step::Offered);
+        self.departure.reached(Step::Offered);
         Ok(())
     }
 
-    /// The predecessor's half of the pause. The freeze comes right before it: who faults on a hole from then on stands
-    /// still, and that is to be as short as the pause.
+    /// Everything that happens while the guest stands still.
     fn pause_and_seal(&mut self) -> Result<(), Reason> {
-        let freeze = |memory: &machine::Memory| memory.inode.freeze().map_err(Reason::Freeze);
-        self.freezes = self.machine.memories().iter().map(freeze).collect::<Result<_, _>>()?;
-        let failed = |step| move |source: G::Error| Reason::Guest { step, source: Box::new(source) };
-        self.paused_ns = Some(monotonic_ns());
-        self.guest.pause().map_err(failed(Step::Paused))?;
-        self.reached(Step::Paused);
-        let states = self.guest.save().map_err(failed(Step::Saved))?;
-        self.reached(Step::Saved);
-        let epoch = self.machine.seal(states).map_err(Reason::Seal)?;
-        self.sealed = true;
-        self.reached(Step::Sealed);
+        let epoch = self.departure.pause_and_seal()?;
         let deadline = Deadline::after(self.offer.timeouts.hand_over);
         let link = |source| Reason::Link { step: Step::Running, source };
         message::send(self.channel, &Message::Sealed { epoch }, &[], deadline).map_err(link)?;
@@ -390,11 +328,8 @@ impl<'a, G: Guest> Update<'a, G> {
 
     /// The successor says that it runs the guest; the ownership word has to say so, too.
     fn finish(mut self) -> Result<Outcome, Fatal> {
-        match self.machine.unseal() {
-            Ok(()) => {
-                self.sealed = false;
-                self.go_back(Reason::NotTaken)
-            }
+        match self.departure.unseal() {
+            Ok(()) => self.go_back(Reason::NotTaken),
             Err(UnsealError::Ownership(OwnershipError::Lost(_))) => self.report(true),
             Err(source) => Err(Fatal::Ownership { reason: Box::new(Reason::NotTaken), source }),
         }
@@ -404,7 +339,7 @@ impl<'a, G: Guest> Update<'a, G> {
     fn report(mut self, told: bool) -> Result<Outcome, Fatal> {
         let deadline = Deadline::after(self.offer.timeouts.prepare);
         let running = if told { Ok(()) } else { self.told_of_running(deadline) };
-        self.reached(Step::Running);
+        self.departure.reached(Step::Running);
         let settled = running.and_then(|()| self.told_of_settled(deadline));
         let (silent, (unclaimed, vmm)) = match settled {
             Ok(settled) => (None, settled),
@@ -416,9 +351,9 @@ impl<'a, G: Guest> Update<'a, G> {
                 (Some(error), Default::default())
             }
         };
-        self.observer.reached(Step::Settled);
+        self.departure.tell(Step::Settled);
         let (predecessor_pid, successor_pid) = (process::id(), self.successor_pid);
-        let timeline = self.timeline;
+        let timeline = self.departure.into_timeline();
         Ok(Outcome::Updated(Report { predecessor_pid, successor_pid, timeline, unclaimed, vmm, silent }))
     }
 
@@ -427,7 +362,9 @@ impl<'a, G: Guest> Update<'a, G> {
     fn successor_is_dead(&self) -> bool {
         let soon = Deadline::after(DEATH);
         loop {
-            let (Ok(word), Some(region0)) = (self.machine.ownership(), self.machine.regions().next()) else {
+            let (Ok(word), Some(region0)) =
+                (self.departure.machine().ownership(), self.departure.machine().regions().next())
+            else {
                 return false;
             };
             match liveness::is_held(region0, word.nonce().get()) {
@@ -439,38 +376,26 @@ impl<'a, G: Guest> Update<'a, G> {
 
     /// The guest runs on here, unless the successor was faster.
     fn go_back(mut self, reason: Reason) -> Result<Outcome, Fatal> {
-        if let Reason::Seal(source @ SealError::Ownership(_)) = reason {
+        if let Reason::Departure(DepartureError::Seal(source @ SealError::Ownership(_))) = reason {
             return Err(Fatal::NotOurs(source));
         }
-        let after = self.timeline.reached().last().map(|(step, _)| *step);
-        if self.sealed {
-            match self.machine.unseal() {
-                Ok(()) => {}
-                Err(UnsealError::Ownership(OwnershipError::Lost(lost))) => {
-                    // It owns the machine, though it could not say so: an update, with a poor report.
-                    warn!(reason = &reason as &dyn StdError, word = ?lost.found, "the successor owns the machine");
-                    return self.report(false);
-                }
-                Err(source) => return Err(Fatal::Ownership { reason: Box::new(reason), source }),
+        let after = self.departure.timeline().reached().last().map(|(step, _)| *step);
+        match self.departure.unseal() {
+            Ok(()) => {}
+            Err(UnsealError::Ownership(OwnershipError::Lost(lost))) => {
+                // It owns the machine, though it could not say so: an update, with a poor report.
+                warn!(reason = &reason as &dyn StdError, word = ?lost.found, "the successor owns the machine");
+                return self.report(false);
             }
+            Err(source) => return Err(Fatal::Ownership { reason: Box::new(reason), source }),
         }
-        if let Err(error) = self.machine.release_fds() {
-            warn!(
-                error = &error as &dyn StdError,
-                "the descriptors that were to go stay in the session for now"
-            );
-        }
-        // Nobody waits at a hole any more when the guest runs on.
-        self.freezes.clear();
-        let mut pause = None;
-        if let Some(paused_ns) = self.paused_ns {
-            if let Err(source) = self.guest.resume() {
-                return Err(Fatal::Resume { reason: Box::new(reason), source: Box::new(source) });
+        match self.departure.go_back() {
+            Ok(pause) => {
+                message::refuse(self.channel, &format!("the update is off: {reason}"));
+                warn!(reason = &reason as &dyn StdError, ?after, "the update is off; the guest runs on here");
+                Ok(Outcome::RolledBack { reason, after, pause })
             }
-            pause = Some(Duration::from_nanos(monotonic_ns().saturating_sub(paused_ns)));
+            Err(source) => Err(Fatal::Resume { reason: Box::new(reason), source: Box::new(source) }),
         }
-        message::refuse(self.channel, &format!("the update is off: {reason}"));
-        warn!(reason = &reason as &dyn StdError, ?after, "the update is off; the guest runs on here");
-        Ok(Outcome::RolledBack { reason, after, pause })
     }
 }

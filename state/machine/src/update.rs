@@ -1,9 +1,14 @@
 //! The life of an update, in words that all carriers share.
 
+mod departure;
+
 use std::fmt;
 use std::time::Duration;
 
 use abi::state::StateName;
+
+pub use self::departure::Departure;
+pub use self::departure::DepartureError;
 
 /// Where an update is. Each is reached by one side, in this order; both sides tell of theirs through
 /// [`Observer`].

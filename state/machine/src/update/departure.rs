@@ -1,0 +1,172 @@
+//! The predecessor's side of an update, as far as all carriers share it.
+
+use std::error::Error as StdError;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use abi::foreign::FdName;
+use fdpass::monotonic_ns;
+use gmem::Freeze;
+use gmem::FreezeError;
+use thiserror::Error;
+use tracing::warn;
+
+use super::Capabilities;
+use super::Guest;
+use super::Observer;
+use super::Step;
+use super::Timeline;
+use crate::KeepError;
+use crate::Machine;
+use crate::SealError;
+use crate::UnsealError;
+
+/// Why a machine does not get as far as its seal.
+#[derive(Debug, Error)]
+pub enum DepartureError {
+    /// Descriptors cannot go with the machine.
+    #[error("cannot hand over what goes with the machine")]
+    Fds(#[source] KeepError),
+    /// Guest memory could not be frozen.
+    #[error("cannot freeze the guest's memory")]
+    Freeze(#[source] FreezeError),
+    /// The guest could not be paused or saved.
+    #[error("cannot get to {step}")]
+    Guest {
+        /// The step that was to come.
+        step: Step,
+        /// Why.
+        #[source]
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// The machine could not be sealed.
+    #[error("cannot seal the machine")]
+    Seal(#[source] SealError),
+}
+
+/// A machine on its way to the next program: what has been done to it and to its guest, and how to undo it.
+pub struct Departure<'a, G: Guest> {
+    machine: &'a mut Machine,
+    guest: &'a mut G,
+    observer: &'a mut dyn Observer,
+    timeline: Timeline,
+    /// They stand until it is decided who runs the guest.
+    freezes: Vec<Freeze>,
+    /// When the guest was told to stand still.
+    paused_ns: Option<u64>,
+    sealed: bool,
+}
+
+impl<'a, G: Guest> Departure<'a, G> {
+    /// Nothing has been done yet.
+    pub fn new(machine: &'a mut Machine, guest: &'a mut G, observer: &'a mut dyn Observer) -> Self {
+        let (timeline, freezes) = (Timeline::default(), Vec::new());
+        Self { machine, guest, observer, timeline, freezes, paused_ns: None, sealed: false }
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        self.machine
+    }
+
+    /// The guest.
+    pub fn guest(&self) -> &G {
+        self.guest
+    }
+
+    /// The steps that this side knows of.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// The steps that this side knew of at the end.
+    pub fn into_timeline(self) -> Timeline {
+        self.timeline
+    }
+
+    /// Notes that a step is reached now, and tells of it.
+    pub fn reached(&mut self, step: Step) {
+        self.timeline.note(step, monotonic_ns());
+        self.observer.reached(step);
+    }
+
+    /// Tells of a step, and does not note it: the other side says when it was.
+    pub fn tell(&mut self, step: Step) {
+        self.observer.reached(step);
+    }
+
+    /// Notes a step that the other side tells of: nanoseconds on the clock of the [`Timeline`].
+    pub fn note(&mut self, step: Step, at_ns: u64) {
+        self.timeline.note(step, at_ns);
+    }
+
+    /// Has these descriptors go with the machine.
+    ///
+    /// # Errors
+    /// [`DepartureError::Fds`] if one cannot go.
+    pub fn keep_fds(
+        &mut self,
+        fds: &[(FdName, BorrowedFd<'_>)],
+        carrier: &Capabilities,
+    ) -> Result<(), DepartureError> {
+        self.machine.keep_fds(fds, carrier).map_err(DepartureError::Fds)
+    }
+
+    /// No descriptor goes with the machine after all.
+    pub fn release_fds(&mut self) {
+        if let Err(error) = self.machine.release_fds() {
+            warn!(
+                error = &error as &dyn StdError,
+                "the descriptors that were to go stay in the session for now"
+            );
+        }
+    }
+
+    /// The predecessor's half of the pause. The freeze comes right before it: who faults on a hole from then on stands
+    /// still, and that is to be as short as the pause. Gives the seal's epoch.
+    ///
+    /// # Errors
+    /// [`DepartureError`]: what was done until then stands until [`go_back`](Self::go_back).
+    pub fn pause_and_seal(&mut self) -> Result<u32, DepartureError> {
+        let freeze = |memory: &crate::Memory| memory.inode.freeze().map_err(DepartureError::Freeze);
+        self.freezes = self.machine.memories().iter().map(freeze).collect::<Result<_, _>>()?;
+        let failed = |step| move |source: G::Error| DepartureError::Guest { step, source: Box::new(source) };
+        self.paused_ns = Some(monotonic_ns());
+        self.guest.pause().map_err(failed(Step::Paused))?;
+        self.reached(Step::Paused);
+        let states = self.guest.save().map_err(failed(Step::Saved))?;
+        self.reached(Step::Saved);
+        let epoch = self.machine.seal(states).map_err(DepartureError::Seal)?;
+        self.sealed = true;
+        self.reached(Step::Sealed);
+        Ok(epoch)
+    }
+
+    /// Takes the machine back, if it is sealed: the first step back.
+    ///
+    /// # Errors
+    /// [`UnsealError`]: the guest must not run here then.
+    pub fn unseal(&mut self) -> Result<(), UnsealError> {
+        if self.sealed {
+            self.machine.unseal()?;
+            self.sealed = false;
+        }
+        Ok(())
+    }
+
+    /// Has the guest run on here. The machine has to be [unsealed](Self::unseal). Gives how long the guest stood still,
+    /// if it did.
+    ///
+    /// # Errors
+    /// The guest's own, if it cannot be resumed: it is lost then.
+    pub fn go_back(&mut self) -> Result<Option<Duration>, G::Error> {
+        self.release_fds();
+        // Nobody waits at a hole any more when the guest runs on.
+        self.freezes.clear();
+        let Some(paused_ns) = self.paused_ns else {
+            return Ok(None);
+        };
+        self.guest.resume()?;
+        Ok(Some(Duration::from_nanos(monotonic_ns().saturating_sub(paused_ns))))
+    }
+}
