@@ -53,24 +53,11 @@ fn after(example: &str) -> String {
 pub(crate) struct Run {
     /// The machine's name: letters, digits, `.`, `_` and `-`.
     pub(crate) name: String,
-    /// Guest memory: 4MiB to 64GiB, in whole 2 MiB.
-    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::guest_memory)]
-    pub(crate) memory: u64,
-    /// Which guest; kvm if there is /dev/kvm.
-    #[arg(long, value_enum)]
-    pub(crate) guest: Option<Guest>,
-    /// What the guest's memory comes from.
-    #[arg(long, value_enum, default_value_t = Store::Memfd)]
-    pub(crate) store: Store,
-    /// Page size of the guest's memory.
-    #[arg(long, value_enum, default_value_t = PageSize::Auto)]
-    pub(crate) page_size: PageSize,
+    #[command(flatten)]
+    pub(crate) hardware: Hardware,
     /// Which NUMA nodes the memory comes from: bind:, interleave: or preferred: and a list, as bind:0,2-3.
     #[arg(long, value_name = "POLICY")]
     pub(crate) numa: Option<String>,
-    /// Leave the guest's pages to its first touch.
-    #[arg(long)]
-    pub(crate) on_demand: bool,
     /// When the guest switches itself off.
     #[arg(long, value_enum, default_value_t = Then::Stop)]
     pub(crate) on_power_off: Then,
@@ -91,6 +78,26 @@ pub(crate) struct Run {
     pub(crate) json: bool,
 }
 
+/// What a machine is made of.
+#[derive(Debug, Args)]
+pub(crate) struct Hardware {
+    /// Guest memory: 4MiB to 64GiB, in whole 2 MiB.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::guest_memory)]
+    pub(crate) memory: u64,
+    /// Which guest; kvm if there is /dev/kvm.
+    #[arg(long, value_enum)]
+    pub(crate) guest: Option<Guest>,
+    /// What the guest's memory comes from.
+    #[arg(long, value_enum, default_value_t = Store::Memfd)]
+    pub(crate) store: Store,
+    /// Page size of the guest's memory.
+    #[arg(long, value_enum, default_value_t = PageSize::Auto)]
+    pub(crate) page_size: PageSize,
+    /// Leave the guest's pages to its first touch.
+    #[arg(long)]
+    pub(crate) on_demand: bool,
+}
+
 /// Lists the machines of this user.
 #[derive(Debug, Args)]
 #[command(after_help = after("tideover ls --json | jq -r '.[].name'"))]
@@ -104,11 +111,8 @@ pub(crate) struct Ls {
 #[derive(Debug, Args)]
 #[command(after_help = after("tideover status web1"))]
 pub(crate) struct Status {
-    /// The machine.
-    pub(crate) name: String,
-    /// Give the status as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) machine: Machine,
 }
 
 /// Replaces a machine's VMM, its memory kept in place.
@@ -231,24 +235,11 @@ Exit code: 0 if every update succeeded and no byte was lost, 1 otherwise, 2 for 
 
 Example: tideover demo --memory 4GiB --updates 10 --json")]
 pub(crate) struct Demo {
-    /// Guest memory: 4MiB to 64GiB, in whole 2 MiB.
-    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::guest_memory)]
-    pub(crate) memory: u64,
+    #[command(flatten)]
+    pub(crate) hardware: Hardware,
     /// How many times to replace the VMM: 1 to 100000.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) updates: u32,
-    /// Which guest; kvm if there is /dev/kvm.
-    #[arg(long, value_enum)]
-    pub(crate) guest: Option<Guest>,
-    /// What the guest's memory comes from.
-    #[arg(long, value_enum, default_value_t = Store::Memfd)]
-    pub(crate) store: Store,
-    /// Page size of the guest's memory.
-    #[arg(long, value_enum, default_value_t = PageSize::Auto)]
-    pub(crate) page_size: PageSize,
-    /// Leave the guest's pages to its first touch.
-    #[arg(long)]
-    pub(crate) on_demand: bool,
     /// How the machine gets to its next VMM.
     #[arg(long, value_enum, default_value_t = Carrier::Socket)]
     pub(crate) carrier: Carrier,
@@ -340,7 +331,7 @@ mod tests {
     #[test]
     fn the_demo_defaults_to_a_gib_and_five_updates() {
         let Command::Demo(demo) = Cli::parse_from(["tideover", "demo"]).command else { panic!("demo") };
-        assert_eq!((demo.memory, demo.updates, demo.json), (1 << 30, 5, false));
+        assert_eq!((demo.hardware.memory, demo.updates, demo.json), (1 << 30, 5, false));
         let parse = |arguments: &[&str]| Cli::try_parse_from([&["tideover", "demo"], arguments].concat());
         assert!(parse(&["--updates", "0"]).is_err());
         assert!(parse(&["--memory", "much"]).is_err());

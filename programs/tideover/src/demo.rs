@@ -10,8 +10,6 @@ use ::vmm::control::Answer;
 use ::vmm::control::CheckReport;
 use ::vmm::control::Client;
 use ::vmm::control::GuestKind;
-use ::vmm::control::MachineSpec;
-use ::vmm::control::Pages;
 use ::vmm::control::Request;
 use ::vmm::control::Source;
 use ::vmm::control::Status;
@@ -55,10 +53,9 @@ pub(crate) struct Result {
 }
 
 pub(crate) fn demo(arguments: &cli::Demo) -> anyhow::Result<ExitCode> {
-    let guest = first_vmm::choose_guest(arguments.guest)?;
-    first_vmm::check_memory(arguments.memory)?;
+    let spec = first_vmm::spec("demo", &arguments.hardware)?;
     let program = std::env::current_exe().context("cannot find this program")?;
-    let mut vmm = FirstVmm::start(&program, &spec(arguments, guest)?, &[], None)?;
+    let mut vmm = FirstVmm::start(&program, &spec, &[], None)?;
     let result = run(arguments, &vmm, &program).map_err(|error| vmm.explain(error))?;
     vmm.stop()?;
     let text = match arguments.json {
@@ -67,33 +64,6 @@ pub(crate) fn demo(arguments: &cli::Demo) -> anyhow::Result<ExitCode> {
     };
     std::io::stdout().write_all(text.as_bytes()).context("cannot write the result")?;
     Ok(if result.verified { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn spec(arguments: &cli::Demo, guest: GuestKind) -> anyhow::Result<MachineSpec> {
-    let (store, pages) = memory(arguments.store, arguments.page_size)?;
-    Ok(MachineSpec {
-        store,
-        pages,
-        prefault: !arguments.on_demand,
-        ..MachineSpec::new("demo", arguments.memory, guest)
-    })
-}
-
-/// What a machine's memory is to be; what no host has is refused here.
-pub(crate) fn memory(store: cli::Store, page_size: cli::PageSize) -> anyhow::Result<(Store, Pages)> {
-    use cli::PageSize;
-    Ok(match (store, page_size) {
-        (cli::Store::Memfd, PageSize::Auto | PageSize::Huge) => (Store::Memfd, Pages::Huge),
-        (cli::Store::Memfd, PageSize::Small) => (Store::Memfd, Pages::Small),
-        (cli::Store::Hugetlb, PageSize::Auto | PageSize::Huge) => (Store::Hugetlb, Pages::Huge),
-        (cli::Store::Hugetlb, PageSize::Giant) => (Store::Hugetlb, Pages::Giant),
-        (cli::Store::GuestMemfd, PageSize::Auto | PageSize::Small) => (Store::GuestMemfd, Pages::Small),
-        (cli::Store::Memfd, PageSize::Giant) => bail!("a memfd has no pages of 1 GiB: use --store hugetlb"),
-        (cli::Store::Hugetlb, PageSize::Small) => bail!("hugetlb has no pages of 4 KiB: use --store memfd"),
-        (cli::Store::GuestMemfd, _) => {
-            bail!("a guest_memfd has pages of 4 KiB alone: use --store memfd or hugetlb for huge ones")
-        }
-    })
 }
 
 /// A store as it is called on the command line and in results.

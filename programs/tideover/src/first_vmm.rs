@@ -13,8 +13,10 @@ use ::vmm::control::Answer;
 use ::vmm::control::Client;
 use ::vmm::control::GuestKind;
 use ::vmm::control::MachineSpec;
+use ::vmm::control::Pages;
 use ::vmm::control::Request;
 use ::vmm::control::Status;
+use ::vmm::control::Store;
 use anyhow::Context as _;
 use anyhow::bail;
 use fdpass::Channel;
@@ -23,7 +25,16 @@ use crate::cli;
 use crate::progress::Bar;
 use crate::size;
 
-pub(crate) fn choose_guest(asked: Option<cli::Guest>) -> anyhow::Result<GuestKind> {
+/// The machine that was asked for; what this host cannot have is refused here.
+pub(crate) fn spec(name: &str, hardware: &cli::Hardware) -> anyhow::Result<MachineSpec> {
+    let guest = choose_guest(hardware.guest)?;
+    check_memory(hardware.memory)?;
+    let (store, pages) = memory(hardware.store, hardware.page_size)?;
+    let prefault = !hardware.on_demand;
+    Ok(MachineSpec { store, pages, prefault, ..MachineSpec::new(name, hardware.memory, guest) })
+}
+
+fn choose_guest(asked: Option<cli::Guest>) -> anyhow::Result<GuestKind> {
     let kvm = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     match (asked, kvm) {
         (Some(cli::Guest::Thread), _) => Ok(GuestKind::Thread),
@@ -42,7 +53,7 @@ pub(crate) fn choose_guest(asked: Option<cli::Guest>) -> anyhow::Result<GuestKin
 }
 
 /// Refuses what the host could only answer by killing the VMM.
-pub(crate) fn check_memory(wanted: u64) -> anyhow::Result<()> {
+fn check_memory(wanted: u64) -> anyhow::Result<()> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib =
@@ -55,6 +66,23 @@ pub(crate) fn check_memory(wanted: u64) -> anyhow::Result<()> {
         ),
         _ => Ok(()),
     }
+}
+
+/// What a machine's memory is to be; what no host has is refused here.
+fn memory(store: cli::Store, page_size: cli::PageSize) -> anyhow::Result<(Store, Pages)> {
+    use cli::PageSize;
+    Ok(match (store, page_size) {
+        (cli::Store::Memfd, PageSize::Auto | PageSize::Huge) => (Store::Memfd, Pages::Huge),
+        (cli::Store::Memfd, PageSize::Small) => (Store::Memfd, Pages::Small),
+        (cli::Store::Hugetlb, PageSize::Auto | PageSize::Huge) => (Store::Hugetlb, Pages::Huge),
+        (cli::Store::Hugetlb, PageSize::Giant) => (Store::Hugetlb, Pages::Giant),
+        (cli::Store::GuestMemfd, PageSize::Auto | PageSize::Small) => (Store::GuestMemfd, Pages::Small),
+        (cli::Store::Memfd, PageSize::Giant) => bail!("a memfd has no pages of 1 GiB: use --store hugetlb"),
+        (cli::Store::Hugetlb, PageSize::Small) => bail!("hugetlb has no pages of 4 KiB: use --store memfd"),
+        (cli::Store::GuestMemfd, _) => {
+            bail!("a guest_memfd has pages of 4 KiB alone: use --store memfd or hugetlb for huge ones")
+        }
+    })
 }
 
 /// The VMM that makes the machine. Unless it is [let go](FirstVmm::let_go), it and its successors end when this is

@@ -69,22 +69,17 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
     if machines::connect(&arguments.name).is_ok() {
         bail!("there is a machine {} already: stop it first, or take another name", arguments.name);
     }
-    let guest = first_vmm::choose_guest(arguments.guest)?;
-    first_vmm::check_memory(arguments.memory)?;
+    let spec = first_vmm::spec(&arguments.name, &arguments.hardware)?;
     let directory = machines::make_directory()?;
     let socket = machines::socket(&directory, &arguments.name);
     let log = directory.join(format!("{}.log", arguments.name));
-    let (store, pages) = demo::memory(arguments.store, arguments.page_size)?;
     let spec = MachineSpec {
-        store,
-        pages,
         numa: arguments.numa.clone(),
-        prefault: !arguments.on_demand,
         socket: Some(socket),
         on_power_off: then(arguments.on_power_off),
         on_reset: then(arguments.on_reset),
         on_crash: then(arguments.on_crash),
-        ..MachineSpec::new(&arguments.name, arguments.memory, guest)
+        ..spec
     };
     let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&log);
     let file = file.with_context(|| format!("cannot write the log {}", log.display()))?;
@@ -189,8 +184,9 @@ fn silence(error: &anyhow::Error) -> &'static str {
 }
 
 pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
-    let status = ask_status(&machines::connect(&arguments.name)?)?;
-    if arguments.json {
+    let machine = &arguments.machine;
+    let status = ask_status(&machines::connect(&machine.name)?)?;
+    if machine.json {
         say_json(&status)?;
         return Ok(ExitCode::SUCCESS);
     }
