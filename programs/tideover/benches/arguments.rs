@@ -1,12 +1,15 @@
-//! What both benches are told, and where they run.
+//! What all benches are told, where they run, and what is the same in each.
 
 #[path = "../src/size.rs"]
 #[expect(unused_imports, reason = "a bench without harness is built as a test, and its tests are left out")]
 mod size;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context as _;
+use anyhow::Result;
 use clap::Parser;
 use clap::ValueEnum;
 use measure::quiet::Quiet;
@@ -70,8 +73,26 @@ impl Arguments {
         Quiet::new(Duration::from_secs(self.patience))
     }
 
+    /// Measures each page size with each size of memory that there is room for. Gives the sizes that were left out, too.
+    pub(crate) fn each_size<T>(
+        &self,
+        mut measure: impl FnMut(u64, PageSize) -> Result<T>,
+    ) -> Result<(Vec<T>, Vec<u64>)> {
+        let (mut measured, mut left_out) = (Vec::new(), Vec::new());
+        for page_size in &self.page_size {
+            for memory_bytes in &self.memory {
+                if has_room(*memory_bytes) {
+                    measured.push(measure(*memory_bytes, *page_size)?);
+                } else {
+                    left_out.push(*memory_bytes);
+                }
+            }
+        }
+        Ok((measured, left_out))
+    }
+
     /// What was asked for; `None` if this was not started by `cargo bench`: then there is nothing to be done.
-    pub(crate) fn read(memory: &[u64]) -> Option<Self> {
+    fn read(memory: &[u64]) -> Option<Self> {
         let mut arguments = Self::parse();
         if !arguments.bench {
             eprintln!("This is a bench, not a test: run it by `cargo bench`.");
@@ -87,11 +108,45 @@ impl Arguments {
     }
 }
 
+/// The `main` of a bench, which measures `memory` if no size is asked for: what `run` finds goes to standard output.
+pub(crate) fn main<R: Serialize>(
+    bench: &str,
+    memory: &[u64],
+    run: impl FnOnce(&Arguments) -> Result<R>,
+    show: impl FnOnce(&R) -> String,
+) -> ExitCode {
+    let Some(arguments) = Arguments::read(memory) else { return ExitCode::SUCCESS };
+    let text = run(&arguments).and_then(|report| match arguments.json {
+        true => serde_json::to_string(&report).map(|line| line + "\n").context("cannot write it as JSON"),
+        false => Ok(show(&report)),
+    });
+    match text {
+        Ok(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("{bench}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What guests of this size are called.
+pub(crate) fn name(memory_bytes: u64, page_size: PageSize) -> String {
+    format!("{} in {} pages", show(memory_bytes), show(page_size.bytes()))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "bytes that a guest has or walks over are far below 2^52")]
+pub(crate) fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
+
 /// Left to the rest of the machine, in bytes.
 const SLACK: u64 = 1 << 30;
 
 /// Whether this machine has room for two guests of that size. Says so if it has not.
-pub(crate) fn has_room(memory_bytes: u64) -> bool {
+fn has_room(memory_bytes: u64) -> bool {
     let available = available_bytes();
     let has = available.is_none_or(|available| available >= 2 * memory_bytes + SLACK);
     if !has {

@@ -23,6 +23,7 @@ use anyhow::Result;
 use arguments::Arguments;
 use arguments::Machine;
 use arguments::PageSize;
+use arguments::gib;
 use comfy_table::CellAlignment;
 use comfy_table::Table;
 use comfy_table::presets;
@@ -108,33 +109,14 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    let Some(arguments) = Arguments::read(&MEMORY) else { return ExitCode::SUCCESS };
-    match run(&arguments) {
-        Ok(report) if arguments.json => match serde_json::to_string(&report) {
-            Ok(line) => println!("{line}"),
-            Err(error) => eprintln!("access: {error}"),
-        },
-        Ok(report) => print!("{}", show(&report)),
-        Err(error) => {
-            eprintln!("access: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    }
-    ExitCode::SUCCESS
+    arguments::main("access", &MEMORY, run, show)
 }
 
 fn run(arguments: &Arguments) -> Result<Report> {
     let mut quiet = arguments.quiet();
-    let (mut series, mut left_out) = (Vec::new(), Vec::new());
-    for page_size in &arguments.page_size {
-        for memory_bytes in &arguments.memory {
-            if arguments::has_room(*memory_bytes) {
-                series.extend(before_and_after(arguments, &mut quiet, *memory_bytes, *page_size)?);
-            } else {
-                left_out.push(*memory_bytes);
-            }
-        }
-    }
+    let measure = |memory, page_size| before_and_after(arguments, &mut quiet, memory, page_size);
+    let (series, left_out) = arguments.each_size(measure)?;
+    let series = series.into_iter().flatten().collect();
     Ok(Report { machine: Machine::look(&quiet), target: TARGET, series, left_out })
 }
 
@@ -144,7 +126,7 @@ fn before_and_after(
     memory_bytes: u64,
     page_size: PageSize,
 ) -> Result<[Series; 2]> {
-    let name = format!("{} in {} pages", arguments::show(memory_bytes), arguments::show(page_size.bytes()));
+    let name = arguments::name(memory_bytes, page_size);
     let (mut before, mut after) = (Vec::new(), Vec::new());
     let mut huge_bytes = (u64::MAX, u64::MAX);
     for number in 0..arguments.pairs {
@@ -298,11 +280,6 @@ fn speed(ticks: impl Fn() -> Result<u64>) -> Result<f64> {
     std::thread::sleep(TURN);
     let (to, took) = (ticks()?, begun.elapsed());
     Ok(gib((to - from) * CHUNK_BYTES) / took.as_secs_f64())
-}
-
-#[expect(clippy::cast_precision_loss, reason = "bytes that a guest walks over are far below 2^52")]
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }
 
 fn show(report: &Report) -> String {

@@ -18,6 +18,8 @@ use anyhow::Context as _;
 use anyhow::Result;
 use arguments::Arguments;
 use arguments::Machine;
+use arguments::PageSize;
+use arguments::gib;
 use comfy_table::Table;
 use comfy_table::presets;
 use fdpass::monotonic_ns;
@@ -76,29 +78,13 @@ fn main() -> ExitCode {
         eprintln!("exec: cannot execute this program: {error}");
         return ExitCode::FAILURE;
     }
-    let Some(arguments) = Arguments::read(&MEMORY) else { return ExitCode::SUCCESS };
-    match run(&arguments) {
-        Ok(report) if arguments.json => match serde_json::to_string(&report) {
-            Ok(line) => println!("{line}"),
-            Err(error) => eprintln!("exec: {error}"),
-        },
-        Ok(report) => print!("{}", show(&report)),
-        Err(error) => {
-            eprintln!("exec: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    }
-    ExitCode::SUCCESS
+    arguments::main("exec", &MEMORY, run, show)
 }
 
 fn run(arguments: &Arguments) -> Result<Report> {
     let mut quiet = arguments.quiet();
-    let mut curves = Vec::new();
-    for page_size in &arguments.page_size {
-        for memory_bytes in arguments.memory.iter().filter(|bytes| arguments::has_room(**bytes)) {
-            curves.push(curve(arguments, &mut quiet, *memory_bytes, *page_size)?);
-        }
-    }
+    let measure = |memory, page_size| curve(arguments, &mut quiet, memory, page_size);
+    let (curves, _) = arguments.each_size(measure)?;
     let growth = arguments.page_size.iter().map(|page_size| {
         let curves = curves.iter().filter(|curve: &&Curve| curve.page_size == page_size.bytes());
         let group = |curve: &Curve| Group { at: gib(curve.memory_bytes), values: differences(&curve.pairs) };
@@ -108,12 +94,7 @@ fn run(arguments: &Arguments) -> Result<Report> {
     Ok(Report { machine: Machine::look(&quiet), target_us: TARGET_US, growth_us_per_gib, curves })
 }
 
-fn curve(
-    arguments: &Arguments,
-    quiet: &mut Quiet,
-    memory_bytes: u64,
-    page_size: arguments::PageSize,
-) -> Result<Curve> {
+fn curve(arguments: &Arguments, quiet: &mut Quiet, memory_bytes: u64, page_size: PageSize) -> Result<Curve> {
     let chain = Chain::start(&arguments.program, memory_bytes, page_size.pages());
     let mut chain = chain.context("cannot start the guest")?;
     let begun = Instant::now();
@@ -131,9 +112,8 @@ fn curve(
             (update(&mut chain)?, floor)
         };
         eprintln!(
-            "exec: {} in {} pages: pair {}: {:.0} µs against {:.0}",
-            arguments::show(memory_bytes),
-            arguments::show(page_size.bytes()),
+            "exec: {}: pair {}: {:.0} µs against {:.0}",
+            arguments::name(memory_bytes, page_size),
             number + 1,
             pair.0,
             pair.1
@@ -200,9 +180,4 @@ fn show(report: &Report) -> String {
          difference is below it with 95 % confidence; it is to be below {TARGET_US:.0} µs.\n{slopes}",
         report.machine.show()
     )
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a size of memory in bytes is far below 2^52")]
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }

@@ -25,6 +25,7 @@ use anyhow::Result;
 use arguments::Arguments;
 use arguments::Machine;
 use arguments::PageSize;
+use arguments::gib;
 use measure::chain::Chain;
 use measure::chain::How;
 use measure::numbers;
@@ -121,33 +122,13 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    let Some(arguments) = Arguments::read(&MEMORY) else { return ExitCode::SUCCESS };
-    match run(&arguments) {
-        Ok(report) if arguments.json => match serde_json::to_string(&report) {
-            Ok(line) => println!("{line}"),
-            Err(error) => eprintln!("pause: {error}"),
-        },
-        Ok(report) => print!("{}", table::show(&report)),
-        Err(error) => {
-            eprintln!("pause: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    }
-    ExitCode::SUCCESS
+    arguments::main("pause", &MEMORY, run, table::show)
 }
 
 fn run(arguments: &Arguments) -> Result<Report> {
     let mut quiet = arguments.quiet();
-    let (mut curves, mut left_out) = (Vec::new(), Vec::new());
-    for page_size in &arguments.page_size {
-        for memory_bytes in &arguments.memory {
-            if arguments::has_room(*memory_bytes) {
-                curves.push(curve(arguments, &mut quiet, *memory_bytes, *page_size)?);
-            } else {
-                left_out.push(*memory_bytes);
-            }
-        }
-    }
+    let measure = |memory, page_size| curve(arguments, &mut quiet, memory, page_size);
+    let (curves, left_out) = arguments.each_size(measure)?;
     let growth = arguments.page_size.iter().map(|page_size| growth(&curves, page_size.bytes())).collect();
     Ok(Report { machine: Machine::look(&quiet), target_us: TARGET_US, curves, growth, left_out })
 }
@@ -160,7 +141,7 @@ struct Guests {
 }
 
 fn curve(arguments: &Arguments, quiet: &mut Quiet, memory_bytes: u64, page_size: PageSize) -> Result<Curve> {
-    let name = format!("{} in {} pages", arguments::show(memory_bytes), arguments::show(page_size.bytes()));
+    let name = arguments::name(memory_bytes, page_size);
     eprintln!("pause: {name}: making two guests");
     let chain = Chain::start(&arguments.program, memory_bytes, page_size.pages());
     let mut chain = chain.context("cannot start our guest")?;
@@ -306,9 +287,4 @@ fn growth(curves: &[Curve], page_size: u64) -> Growth {
         by_host: Slope::of(&groups(|pair| pair.ours_us - pair.floor_us)),
         by_guest: Slope::of(&groups(|pair| pair.ours_seen_by_guest_us - pair.floor_seen_by_guest_us)),
     }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a size of memory in bytes is far below 2^52")]
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }
