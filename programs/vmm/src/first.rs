@@ -65,14 +65,18 @@ fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<(Machine, Box<d
         clients.tell(Clients::MAKER, &Answer::Progress { what, done, of });
     };
     // The VM first: memory may be its own.
-    let vm = match spec.guest {
-        GuestKind::Kvm => Some(NewVm::make()?),
-        GuestKind::Thread => None,
-    };
+    let vm = new_vm(spec.guest)?;
     let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, &mut progress)?;
     let mut guest = boot(&machine, vm)?;
     guest.start()?;
     Ok((machine, guest))
+}
+
+fn new_vm(guest: GuestKind) -> anyhow::Result<Option<NewVm>> {
+    match guest {
+        GuestKind::Kvm => Ok(Some(NewVm::make()?)),
+        GuestKind::Thread => Ok(None),
+    }
 }
 
 fn spec_of_machine(spec: &MachineSpec, vm: Option<&NewVm>) -> anyhow::Result<Spec> {
@@ -140,9 +144,6 @@ pub(crate) fn boot_again(spec: &MachineSpec, machine: &Machine) -> anyhow::Resul
     if spec.prefault {
         memory.mapping().warm(page_size(spec), &mut |_, _| {})?;
     }
-    let vm = match spec.guest {
-        GuestKind::Kvm => Some(NewVm::make()?),
-        GuestKind::Thread => None,
-    };
+    let vm = new_vm(spec.guest)?;
     boot(machine, vm)
 }

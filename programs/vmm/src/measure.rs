@@ -124,41 +124,38 @@ fn pages_f64(pages: u64) -> f64 {
 /// Puts both sides' measures together.
 pub(crate) fn report(report: &Report, stopped_ns: Option<u64>) -> UpdateReport {
     let told: Told = serde_json::from_value(report.vmm.clone()).unwrap_or_default();
-    let exact =
-        stopped_ns.zip(told.entered_ns).map(|(stopped, entered)| micros(entered.saturating_sub(stopped)));
+    let seen = seen(&told, &report.timeline, stopped_ns);
+    let silent = report.silent.as_ref();
     UpdateReport {
         predecessor_pid: report.predecessor_pid,
         successor_pid: Some(report.successor_pid),
-        outcome: UpdateOutcome::Updated,
-        reason: report
-            .silent
-            .as_ref()
-            .map(|why| format!("the successor has the machine, and is silent: {why}")),
+        reason: silent.map(|why| format!("the successor has the machine, and is silent: {why}")),
         // A guest that was held did not stand still for the update.
-        pause_us: exact.or_else(|| (!told.held).then(|| micros_of(report.pause()))),
-        guest_pause_us: told.guest_pause_us,
-        phases_us: phases(&report.timeline, stopped_ns, told.entered_ns),
-        ticks_before: told.ticks_before,
-        ticks_after: told.ticks_after,
-        probe: told.probe,
+        pause_us: seen.pause_us.or_else(|| (!told.held).then(|| micros_of(report.pause()))),
+        ..seen
     }
 }
 
 /// The same of an update by exec, or of one that came back by it.
 pub(crate) fn report_of_exec(report: &exec::Report, told: &Told) -> UpdateReport {
-    let pid = std::process::id();
-    let pause = report.stopped_ns.zip(told.entered_ns);
+    let seen = seen(told, &report.timeline, report.stopped_ns);
+    match &report.failed {
+        None => UpdateReport { successor_pid: Some(seen.predecessor_pid), ..seen },
+        Some(why) => UpdateReport { outcome: UpdateOutcome::RolledBack, reason: Some(why.clone()), ..seen },
+    }
+}
+
+/// What the guest and the clocks say of an update from this process.
+fn seen(told: &Told, timeline: &Timeline, stopped_ns: Option<u64>) -> UpdateReport {
+    let pause = stopped_ns.zip(told.entered_ns);
     UpdateReport {
-        predecessor_pid: pid,
-        successor_pid: report.failed.is_none().then_some(pid),
-        outcome: match report.failed {
-            None => UpdateOutcome::Updated,
-            Some(_) => UpdateOutcome::RolledBack,
-        },
-        reason: report.failed.clone(),
+        predecessor_pid: std::process::id(),
+        successor_pid: None,
+        outcome: UpdateOutcome::Updated,
+        reason: None,
         pause_us: pause.map(|(stopped, entered)| micros(entered.saturating_sub(stopped))),
         guest_pause_us: told.guest_pause_us,
-        phases_us: phases(&report.timeline, report.stopped_ns, told.entered_ns),
+        phases_us: phases(timeline, stopped_ns, told.entered_ns),
         ticks_before: told.ticks_before,
         ticks_after: told.ticks_after,
         probe: told.probe,

@@ -145,11 +145,7 @@ impl Vmm {
     }
 
     fn rehearsed(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<Program> {
-        let program = match &request.successor {
-            Source::Own => self.open(&own_path()?)?,
-            Source::Program(path) => self.open(path)?,
-            Source::Listen(_) => bail!("a program can be executed, not somebody who connects"),
-        };
+        let program = self.program(&request.successor)?;
         self.guest.guest.before_freeze()?;
         let (channel, started) = program.start(SUCCEED)?;
         let offer = Offer {
@@ -164,8 +160,14 @@ impl Vmm {
         Ok(program)
     }
 
-    fn open(&self, path: &Path) -> anyhow::Result<Program> {
-        Ok(Program::open(path, &self.programs)?)
+    /// The program to update to.
+    fn program(&self, source: &Source) -> anyhow::Result<Program> {
+        let path = match source {
+            Source::Own => Program::this_path().context("cannot find this program")?,
+            Source::Program(path) => path.clone(),
+            Source::Listen(_) => bail!("a program can be executed, not somebody who connects"),
+        };
+        Ok(Program::open(&path, &self.programs)?)
     }
 
     fn rolled_back(&self, reason: String, pause_us: Option<f64>) -> UpdateReport {
@@ -190,20 +192,14 @@ impl Vmm {
         request: &UpdateRequest,
         timeouts: Timeouts,
     ) -> anyhow::Result<(Channel, Option<Started>)> {
-        let start = |path: &Path| -> anyhow::Result<_> {
-            let (channel, started) = self.open(path)?.start(SUCCEED)?;
-            Ok((channel, Some(started)))
-        };
         match &request.successor {
-            Source::Own => start(&own_path()?),
-            Source::Program(path) => start(path),
             Source::Listen(path) => Ok((listen(path, timeouts)?, None)),
+            source => {
+                let (channel, started) = self.program(source)?.start(SUCCEED)?;
+                Ok((channel, Some(started)))
+            }
         }
     }
-}
-
-fn own_path() -> anyhow::Result<std::path::PathBuf> {
-    Program::this_path().context("cannot find this program")
 }
 
 /// Why an update was rolled back, in one line. Ends the successor, if it was started here and has not ended.
