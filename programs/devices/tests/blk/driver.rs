@@ -1,9 +1,6 @@
 //! What a guest's driver does, done by hand: registers, rings, and a count of interrupts.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -11,11 +8,11 @@ use region::Region;
 
 use devices::Device;
 use devices::GuestMemory;
-use devices::InterruptLine;
 use devices::MmioDevice;
 use devices::Slot;
 use devices::VirtioBlk;
 
+use crate::line::CountedLine;
 use crate::store::Store;
 
 pub(crate) const MEMORY_BYTES: u64 = 1 << 20;
@@ -36,34 +33,6 @@ pub(crate) const FLUSH: u64 = 1 << 9;
 
 /// Far longer than anything takes; a test that waits for it has failed.
 const LONG: Duration = Duration::from_secs(60);
-
-#[derive(Debug, Default)]
-pub(crate) struct Line {
-    raised: AtomicUsize,
-    lowered: AtomicUsize,
-}
-
-impl Line {
-    pub(crate) fn raised(&self) -> usize {
-        self.raised.load(Ordering::SeqCst)
-    }
-
-    pub(crate) fn lowered(&self) -> usize {
-        self.lowered.load(Ordering::SeqCst)
-    }
-}
-
-impl InterruptLine for Line {
-    fn raise(&self) -> io::Result<()> {
-        self.raised.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn lower(&self) -> io::Result<()> {
-        self.lowered.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-}
 
 pub(crate) fn memory() -> GuestMemory {
     let mapping = Arc::new(Region::create("t", MEMORY_BYTES).unwrap().map().unwrap());
@@ -102,7 +71,7 @@ pub(crate) struct Answer {
 pub(crate) struct Rig {
     pub(crate) memory: GuestMemory,
     pub(crate) store: Arc<Store>,
-    pub(crate) line: Arc<Line>,
+    pub(crate) line: Arc<CountedLine>,
     pub(crate) blk: Arc<VirtioBlk>,
     /// Requests made, and answers seen.
     pub(crate) made: u16,
@@ -111,8 +80,8 @@ pub(crate) struct Rig {
     pub(crate) interrupts: usize,
 }
 
-pub(crate) fn device(store: &Arc<Store>, memory: &GuestMemory) -> (Arc<VirtioBlk>, Arc<Line>) {
-    let line = Arc::new(Line::default());
+pub(crate) fn device(store: &Arc<Store>, memory: &GuestMemory) -> (Arc<VirtioBlk>, Arc<CountedLine>) {
+    let line = Arc::new(CountedLine::default());
     let blk = VirtioBlk::new("disk0", "serial", store.clone(), memory.clone(), line.clone()).unwrap();
     (blk, line)
 }

@@ -5,7 +5,11 @@
 
 mod driver;
 mod every_point;
+#[path = "../../src/rig/line.rs"]
+mod line;
 mod model;
 mod refused;
 mod states;
 mod store;
+
+use devices::InterruptLine;

@@ -206,7 +206,7 @@ fn a_store_that_panics_stops_the_disk_and_not_the_pause() {
     let mut rig = Rig::ready(Store::new(8));
     rig.blk.pause();
     let state = rig.blk.save().unwrap();
-    let line = std::sync::Arc::new(crate::driver::Line::default());
+    let line = std::sync::Arc::new(crate::line::CountedLine::default());
     let store = std::sync::Arc::new(Broken);
     let blk = devices::VirtioBlk::new("disk0", "serial", store, rig.memory.clone(), line.clone()).unwrap();
     devices::Device::load(&*blk, &state).unwrap();

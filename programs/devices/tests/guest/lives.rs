@@ -2,10 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -32,6 +30,7 @@ use crate::image::load;
 use crate::image::qword;
 use crate::machine::Machine;
 use crate::machine::Ram;
+use crate::output::Output;
 use crate::program;
 use crate::program::SECTORS;
 
@@ -54,20 +53,6 @@ impl Image {
 impl Drop for Image {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-#[derive(Clone, Default)]
-struct Output(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -203,7 +188,7 @@ fn a_guest_on_a_disk_notices_none_of_many_updates_and_the_disk_holds_what_it_bel
     devices.all.iter().for_each(|device| device.pause());
     check_disk(&ram, &std::fs::read(&file.0).unwrap(), rounds);
     let printed: Vec<u8> = (0..rounds).map(program::letter).collect();
-    assert_eq!(*output.0.lock().unwrap(), printed);
+    assert_eq!(output.bytes(), printed);
     // It sleeps for an answer only if it is not there yet; it cannot always have been.
     assert_ne!(qword(&ram.memory, program::INTERRUPTS), 0);
     println!("{rounds} rounds, {} interrupts", qword(&ram.memory, program::INTERRUPTS));

@@ -8,5 +8,7 @@ mod image;
 mod lives;
 mod loading;
 mod machine;
+#[path = "../../src/rig/output.rs"]
+mod output;
 mod program;
 mod refused;

@@ -1,14 +1,10 @@
 //! A guest's driver for a network card, done by hand, and the host's end of the wire.
 
-use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-use std::sync::atomic::Ordering;
 
 use devices::Device;
 use devices::GuestMemory;
-use devices::InterruptLine;
 use devices::MmioDevice;
 use devices::Slot;
 use devices::VirtioNet;
@@ -16,6 +12,8 @@ use region::Region;
 use rustix::net::AddressFamily;
 use rustix::net::SocketFlags;
 use rustix::net::SocketType;
+
+use crate::line::CountedLine;
 
 const MEMORY_BYTES: u64 = 1 << 20;
 /// Entries of each queue, and buffers.
@@ -27,32 +25,12 @@ pub(crate) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Receive and transmit: descriptors, available, used, buffers.
 const QUEUES: [[u64; 4]; 2] = [[0x1000, 0x2000, 0x3000, 0x2_0000], [0x5000, 0x6000, 0x7000, 0x4_0000]];
 
-#[derive(Debug, Default)]
-pub(crate) struct Line(AtomicUsize);
-
-impl Line {
-    pub(crate) fn raised(&self) -> usize {
-        self.0.load(Ordering::SeqCst)
-    }
-}
-
-impl InterruptLine for Line {
-    fn raise(&self) -> io::Result<()> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn lower(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 pub(crate) struct Rig {
     memory: GuestMemory,
     /// The descriptor that goes from device to device.
     frames: OwnedFd,
     pub(crate) net: Arc<VirtioNet>,
-    pub(crate) line: Arc<Line>,
+    pub(crate) line: Arc<CountedLine>,
     /// Made available and seen used, by queue.
     made: [u16; 2],
     seen: [u16; 2],
@@ -63,8 +41,8 @@ pub(crate) fn wire() -> (OwnedFd, OwnedFd) {
     rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
 }
 
-pub(crate) fn device(frames: &OwnedFd, memory: &GuestMemory) -> (Arc<VirtioNet>, Arc<Line>) {
-    let line = Arc::new(Line::default());
+pub(crate) fn device(frames: &OwnedFd, memory: &GuestMemory) -> (Arc<VirtioNet>, Arc<CountedLine>) {
+    let line = Arc::new(CountedLine::default());
     let frames = frames.try_clone().unwrap();
     (VirtioNet::new("net0", MAC, frames, memory.clone(), line.clone()).unwrap(), line)
 }

@@ -5,5 +5,10 @@
 
 mod driver;
 mod frames;
+#[path = "../../src/rig/line.rs"]
+#[expect(dead_code, reason = "no test of a network card asks how often its line was lowered")]
+mod line;
 mod on_tap;
 mod states;
+
+use devices::InterruptLine;
