@@ -106,7 +106,7 @@ pub enum FdError {
         came: usize,
     },
     /// It is of another kind.
-    #[error("{name} should be {told}, and is {came:?}")]
+    #[error("{name} should be {told}, and is {came}")]
     Kind {
         /// Its name.
         name: FdName,
@@ -128,18 +128,6 @@ pub enum FdError {
 
 fn list(names: &[FdName]) -> String {
     names.iter().map(FdName::to_string).collect::<Vec<_>>().join(", ")
-}
-
-fn recorded(kind: &Kind) -> Option<FdKind> {
-    match kind {
-        Kind::Eventfd => Some(FdKind::Eventfd),
-        Kind::Listener => Some(FdKind::Listener),
-        Kind::Connection => Some(FdKind::Connection),
-        Kind::Tap => Some(FdKind::Tap),
-        Kind::File => Some(FdKind::File),
-        Kind::Stream => Some(FdKind::Stream),
-        Kind::Other(_) => None,
-    }
 }
 
 /// A descriptor as a preserved file.
@@ -245,7 +233,7 @@ impl Fds {
             let repeated = list.iter().any(|(other, _)| other.name == name);
             let fd = place.take().filter(|_| !repeated).ok_or(FdError::Repeated { name })?;
             let kind = fdpass::kind(&fd).map_err(|source| FdError::Call { name, source })?;
-            if recorded(&kind) != Some(record.kind) {
+            if kind != Kind::Known(record.kind) {
                 return Err(FdError::Kind { name, told: record.kind, came: kind });
             }
             list.push((record, fd));
@@ -320,9 +308,9 @@ impl Machine {
                 return Err(KeepError::Repeated { name });
             }
             let call = |source| KeepError::Call { name, source };
-            let found = fdpass::kind(fd).map_err(call)?;
-            let Some(kind) = recorded(&found) else {
-                return Err(KeepError::Kind { name, what: format!("{found:?}") });
+            let kind = match fdpass::kind(fd).map_err(call)? {
+                Kind::Known(kind) => kind,
+                Kind::Other(what) => return Err(KeepError::Kind { name, what }),
             };
             let own = fd.try_clone_to_owned().map_err(call)?;
             files.push(FdFile::new(FdRecord { identity, name, kind, index }, Some(own)));
