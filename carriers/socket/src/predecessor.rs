@@ -72,8 +72,7 @@ pub enum Outcome {
 pub struct Report {
     /// This process.
     pub predecessor_pid: u32,
-    /// The process that runs the guest now: as the kernel says if it connected, as it says itself if it was
-    /// started.
+    /// The process that runs the guest now, as it says itself.
     pub successor_pid: u32,
     /// When each step was reached, by either side.
     pub timeline: Timeline,
@@ -272,9 +271,8 @@ impl<G: Guest> Update<'_, G> {
         if protocol != PROTOCOL {
             return Err(link(Step::Connected)(LinkError::Protocol { theirs: protocol }));
         }
-        // Of a socket pair the kernel names only its maker; then the successor's own word has to do.
-        let peer = self.channel.peer().map_or(0, |peer| peer.pid);
-        self.successor_pid = if peer == 0 || peer == process::id() { pid } else { peer };
+        // Its own word has to do: of a socket pair the kernel names the maker, which may be a third.
+        self.successor_pid = pid;
         let (program, version) = (message::shown(&program), message::shown(&version));
         info!(pid, program, version, "a successor is here");
         self.departure.reached(Step::Connected);

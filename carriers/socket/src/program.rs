@@ -125,12 +125,27 @@ impl Program {
         &self,
         arguments: impl IntoIterator<Item = A>,
     ) -> Result<(Channel, Started), ProgramError> {
+        self.start_with(arguments, Stdio::inherit(), Stdio::inherit())
+    }
+
+    /// As [`start`](Self::start), with what it says going to `stdout` and what it complains of to `stderr`.
+    ///
+    /// # Errors
+    /// [`ProgramError`]
+    pub fn start_with<A: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = A>,
+        stdout: Stdio,
+        stderr: Stdio,
+    ) -> Result<(Channel, Started), ProgramError> {
         let (ours, theirs) = Channel::pair().map_err(ProgramError::Channel)?;
         let child = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
             // What a list of processes shows is the program's path, not the descriptor.
             .arg0(&self.path)
             .args(arguments)
             .stdin(Stdio::from(theirs.into_stdio()))
+            .stdout(stdout)
+            .stderr(stderr)
             .spawn()
             .map_err(|source| ProgramError::Start { path: self.path.clone(), source })?;
         Ok((ours, Started { child: Some(child) }))

@@ -67,6 +67,11 @@ pub(crate) struct Run {
     /// When the guest does what no guest may do, as a triple fault.
     #[arg(long, value_enum, default_value_t = Then::Stop)]
     pub(crate) on_crash: Then,
+    /// Have the VMM, once the guest runs, give up its capabilities and all system calls but those it needs. It then
+    /// executes nothing: `update` starts the next VMM itself, by the carrier socket.
+    #[arg(long, value_enum, value_name = "AT_OTHER_CALLS", default_value_t = Confine::No, default_missing_value = "deny",
+          num_args = 0..=1, require_equals = true)]
+    pub(crate) confine: Confine,
     /// Another program that the machine may be updated to, beside the file that this one was started from.
     #[arg(long, value_name = "PATH")]
     pub(crate) allow_program: Vec<PathBuf>,
@@ -121,7 +126,8 @@ pub(crate) struct Status {
 pub(crate) struct Update {
     /// The machine.
     pub(crate) name: String,
-    /// The program to update to [default: the file that the machine's VMM was started from, as it is now].
+    /// The program to update to [default: the file that the machine's VMM was started from, as it is now; of a confined
+    /// machine, this program].
     #[arg(long, value_name = "PATH")]
     pub(crate) program: Option<PathBuf>,
     /// How the machine gets to the new program.
@@ -224,6 +230,27 @@ pub(crate) enum Then {
     Keep,
 }
 
+/// What becomes of a VMM at a system call that it has no need of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Confine {
+    /// Nothing: the VMM is not confined.
+    No,
+    /// The call fails.
+    Deny,
+    /// The VMM is killed, and the guest with it.
+    Kill,
+}
+
+impl Confine {
+    pub(crate) fn of_spec(self) -> ::vmm::confine::Confine {
+        match self {
+            Self::No => ::vmm::confine::Confine::No,
+            Self::Deny => ::vmm::confine::Confine::Deny,
+            Self::Kill => ::vmm::confine::Confine::Kill,
+        }
+    }
+}
+
 /// Starts a guest, replaces its VMM a few times, and proves that no byte was lost.
 ///
 /// The guest counts, writes patterns over all of its memory, checks them again and again, and measures its own
@@ -288,6 +315,12 @@ pub(crate) enum Store {
 /// Runs as the VMM of one machine. Started by other verbs, not by hand.
 #[derive(Debug, Args)]
 pub(crate) struct Vmm {
+    /// Leave the terminal and the session that this was started in.
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// Give up all capabilities.
+    #[arg(long)]
+    pub(crate) confine: bool,
     #[command(subcommand)]
     pub(crate) life: Life,
 }
@@ -299,9 +332,6 @@ pub(crate) enum Life {
         /// The machine, as JSON.
         #[arg(long)]
         spec: String,
-        /// Leave the terminal and the session that this was started in.
-        #[arg(long)]
-        detach: bool,
         /// Another program that the machine may be updated to.
         #[arg(long)]
         allow_program: Vec<PathBuf>,

@@ -11,6 +11,7 @@ use std::time::Instant;
 
 use ::vmm::control::Answer;
 use ::vmm::control::Client;
+use ::vmm::control::Confine;
 use ::vmm::control::GuestKind;
 use ::vmm::control::MachineSpec;
 use ::vmm::control::Pages;
@@ -85,6 +86,12 @@ fn memory(store: cli::Store, page_size: cli::PageSize) -> anyhow::Result<(Store,
     })
 }
 
+/// What a VMM is told beside what to do.
+pub(crate) fn flags(detach: bool, confine: Confine) -> impl Iterator<Item = &'static str> {
+    let detach = detach.then_some("--detach");
+    detach.into_iter().chain((confine != Confine::No).then_some("--confine"))
+}
+
 /// The VMM that makes the machine. Unless it is [let go](FirstVmm::let_go), it and its successors end when this is
 /// dropped.
 pub(crate) struct FirstVmm {
@@ -103,12 +110,13 @@ impl FirstVmm {
     ) -> anyhow::Result<Self> {
         let (ours, theirs) = Channel::pair()?;
         let mut command = Command::new(program);
-        command.args(["vmm", "run", "--spec", &serde_json::to_string(spec)?]);
+        command.arg("vmm").args(flags(log.is_some(), spec.confine));
+        command.args(["run", "--spec", &serde_json::to_string(spec)?]);
         for program in allowed {
             command.arg("--allow-program").arg(program);
         }
         if let Some(log) = log {
-            command.arg("--detach").stdout(Stdio::null()).stderr(log);
+            command.stdout(Stdio::null()).stderr(log);
         }
         let process = command.stdin(Stdio::from(theirs.into_stdio())).spawn();
         let process = process.with_context(|| format!("cannot start the VMM {}", program.display()))?;

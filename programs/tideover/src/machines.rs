@@ -1,7 +1,10 @@
 //! Where the machines of this user are, and how to reach one by its name.
 
 use std::fs::DirBuilder;
+use std::fs::File;
+use std::fs::OpenOptions;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -68,6 +71,13 @@ pub(crate) fn check_name(name: &str) -> anyhow::Result<()> {
 /// Where the machine of this name is controlled.
 pub(crate) fn socket(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}{SOCKET}"))
+}
+
+/// What a machine's VMMs have to say goes on where the last one's ended.
+pub(crate) fn log(directory: &Path, name: &str) -> anyhow::Result<File> {
+    let path = directory.join(format!("{name}.log"));
+    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+    file.with_context(|| format!("cannot write the log {}", path.display()))
 }
 
 /// Connects to a machine's VMM.

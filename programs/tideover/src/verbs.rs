@@ -1,13 +1,13 @@
 //! The verbs on machines that have a name.
 
-use std::fs::OpenOptions;
 use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::process::ExitCode;
+use std::process::Stdio;
 use std::time::Duration;
 
 use ::vmm::control::Answer;
 use ::vmm::control::Client;
+use ::vmm::control::Confine;
 use ::vmm::control::End;
 use ::vmm::control::GuestState;
 use ::vmm::control::MachineSpec;
@@ -25,6 +25,7 @@ use comfy_table::presets;
 use fdpass::Deadline;
 use fdpass::Pidfd;
 use serde_json::json;
+use socket::Program;
 use socket::Timeouts;
 
 use crate::cli;
@@ -72,17 +73,16 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
     let spec = first_vmm::spec(&arguments.name, &arguments.hardware)?;
     let directory = machines::make_directory()?;
     let socket = machines::socket(&directory, &arguments.name);
-    let log = directory.join(format!("{}.log", arguments.name));
     let spec = MachineSpec {
         numa: arguments.numa.clone(),
         socket: Some(socket),
         on_power_off: then(arguments.on_power_off),
         on_reset: then(arguments.on_reset),
         on_crash: then(arguments.on_crash),
+        confine: arguments.confine.of_spec(),
         ..spec
     };
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&log);
-    let file = file.with_context(|| format!("cannot write the log {}", log.display()))?;
+    let file = machines::log(&directory, &arguments.name)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let bar = Bar::new();
     let mut vmm = FirstVmm::start(&program, &spec, &arguments.allow_program, Some(file))?;
@@ -199,6 +199,11 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
         size::show(status.huge_bytes)
     );
     text += &format!("  identity   {}\n", status.identity);
+    match status.confined {
+        Confine::No => {}
+        Confine::Deny => text += "  confined   other system calls fail\n",
+        Confine::Kill => text += "  confined   another system call ends it\n",
+    }
     text += &format!(
         "  guest      {} ticks, {} passes over its memory, {} errors found\n",
         status.ticks, status.passes, status.errors
@@ -210,17 +215,27 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
 pub(crate) fn update(arguments: &cli::Update) -> anyhow::Result<ExitCode> {
     let client = machines::connect(&arguments.name)?;
     let millis = |span: Duration| u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
-    let request = Request::Update(UpdateRequest {
+    let request = UpdateRequest {
         successor: arguments.program.clone().map_or(Source::Own, Source::Program),
         carrier: arguments.carrier.of_request(),
         populate: !arguments.no_populate,
         probe: false,
         timeout_ms: millis(arguments.timeout),
         prepare_timeout_ms: millis(Timeouts::default().prepare),
-    });
+    };
     let bar = Bar::new();
     bar.say("updating");
-    let report = match ask(&client, &request)? {
+    let answer = match ask_status(&client)?.confined {
+        Confine::No => ask(&client, &Request::Update(request))?,
+        _ if arguments.carrier == cli::Carrier::Exec => {
+            bail!(
+                "{} is confined: its VMM cannot execute anything, so --carrier exec cannot be",
+                arguments.name
+            )
+        }
+        confined => start_and_ask(&client, arguments, confined, request)?,
+    };
+    let report = match answer {
         Answer::Update(report) => report,
         other => bail!("unexpected answer to update: {other:?}"),
     };
@@ -233,6 +248,33 @@ pub(crate) fn update(arguments: &cli::Update) -> anyhow::Result<ExitCode> {
         UpdateOutcome::Updated => ExitCode::SUCCESS,
         UpdateOutcome::RolledBack => ExitCode::from(CALLED_OFF),
     })
+}
+
+/// Starts the next VMM of a machine whose own one can start nothing, and has that one hand over.
+fn start_and_ask(
+    client: &Client,
+    arguments: &cli::Update,
+    confined: Confine,
+    request: UpdateRequest,
+) -> anyhow::Result<Answer> {
+    let path =
+        arguments.program.clone().map_or_else(Program::this_path, Ok).context("cannot find this program")?;
+    let program = Program::open(&path, std::slice::from_ref(&path))?;
+    let log = machines::log(&machines::directory(), &arguments.name)?;
+    let words = ["vmm"].into_iter().chain(first_vmm::flags(true, confined)).chain(["succeed"]);
+    // Our own output is not its to hold open.
+    let (channel, mut started) = program.start_with(words, Stdio::null(), log.into())?;
+    let answer = client.ask_update_to(channel, request, &mut |_, _, _| {});
+    match &answer {
+        Ok(Answer::Update(report)) if report.outcome == UpdateOutcome::RolledBack => {
+            if let Some(status) = started.ended(Duration::from_millis(100)) {
+                complain!("tideover: {} ended by itself: {status}", path.display());
+            }
+        }
+        // Where there is no answer it may run the guest. If it does not it ends by itself.
+        _ => started.let_go(),
+    }
+    answer
 }
 
 fn told(name: &str, report: &UpdateReport) -> String {

@@ -14,11 +14,14 @@ use crate::cli::Vmm;
 pub(crate) fn vmm(arguments: Vmm) -> anyhow::Result<ExitCode> {
     // A successor is executed through a descriptor, and would be called by its number.
     rustix::thread::set_name(c"tideover-vmm").context("cannot take a name")?;
+    if arguments.detach {
+        rustix::process::setsid().context("cannot leave the session")?;
+    }
+    if arguments.confine {
+        ::vmm::confine::give_up_rights()?;
+    }
     match arguments.life {
-        Life::Run { spec, detach, allow_program } => {
-            if detach {
-                rustix::process::setsid().context("cannot leave the session")?;
-            }
+        Life::Run { spec, allow_program } => {
             // By default a machine is updated to the program at the path that it was started from.
             let programs = [socket::Program::this_path()?].into_iter().chain(allow_program).collect();
             ::vmm::run(&serde_json::from_str(&spec)?, programs)?;

@@ -4,6 +4,7 @@
 
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -53,8 +54,8 @@ pub(crate) struct ClientId(usize);
 /// What came.
 #[derive(Debug)]
 pub(crate) enum Came {
-    /// A request.
-    Request(ClientId, Request),
+    /// A request, and the descriptor that came with it.
+    Request(ClientId, Request, Option<OwnedFd>),
     /// The guest has ended.
     Bell,
     /// Nobody is left who could ask, and nobody can come.
@@ -170,8 +171,8 @@ impl Clients {
     /// What a connection has to say; `None` if that is nothing that concerns anybody else.
     fn hear(&mut self, place: usize) -> Option<Came> {
         let client = &self.list[place];
-        let bytes = match client.channel.receive(MAX_MESSAGE_BYTES, 0, Deadline::after(Duration::ZERO)) {
-            Ok(message) => message.bytes,
+        let message = match client.channel.receive(MAX_MESSAGE_BYTES, 1, Deadline::after(Duration::ZERO)) {
+            Ok(message) => message,
             Err(ReceiveError::TimedOut) => return None,
             Err(error @ (ReceiveError::TooLong { .. } | ReceiveError::TooManyFds { .. })) => {
                 self.tell(ClientId(place), &Answer::Error(format!("not a request: {error}")));
@@ -183,8 +184,8 @@ impl Clients {
                 return None;
             }
         };
-        match serde_json::from_slice::<Request>(&bytes) {
-            Ok(request) => Some(Came::Request(ClientId(place), request)),
+        match serde_json::from_slice::<Request>(&message.bytes) {
+            Ok(request) => Some(Came::Request(ClientId(place), request, message.fds.into_iter().next())),
             Err(error) => {
                 self.tell(ClientId(place), &Answer::Error(format!("not a request: {error}")));
                 None

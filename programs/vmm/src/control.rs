@@ -3,6 +3,8 @@
 //! Of each connection one request is under way at a time; the answer may come from the next VMM's life.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd as _;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use crate::confine::Confine;
 pub use crate::guest::End;
 
 /// Which guest.
@@ -90,6 +93,9 @@ pub struct MachineSpec {
     pub on_reset: Then,
     /// When the guest does what no guest may do, as a triple fault.
     pub on_crash: Then,
+    /// What becomes of its VMM at a system call that it has no need of while the guest runs.
+    #[serde(default)]
+    pub confine: Confine,
 }
 
 impl MachineSpec {
@@ -107,6 +113,7 @@ impl MachineSpec {
             on_power_off: Then::Stop,
             on_reset: Then::Restart,
             on_crash: Then::Stop,
+            confine: Confine::No,
         }
     }
 }
@@ -121,6 +128,8 @@ pub enum Source {
     Program(PathBuf),
     /// Somebody else starts it, and it connects to a socket at this path.
     Listen(PathBuf),
+    /// Somebody else has started it, and the channel to it comes with this request as a descriptor.
+    Passed,
 }
 
 /// How the machine gets to its next VMM.
@@ -217,6 +226,8 @@ pub struct Status {
     pub errors: u64,
     /// Why it does not run any more, if so.
     pub failure: Option<String>,
+    /// How the VMM is confined.
+    pub confined: Confine,
 }
 
 /// The outcome of an update.
@@ -321,8 +332,12 @@ pub enum Answer {
 /// # Errors
 /// If the other side is gone, or takes too long to read.
 pub fn send(channel: &Channel, message: &impl Serialize) -> anyhow::Result<()> {
+    send_with(channel, message, &[])
+}
+
+fn send_with(channel: &Channel, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
     let bytes = serde_json::to_vec(message)?;
-    channel.send(&bytes, &[], Deadline::after(Duration::from_secs(5)))?;
+    channel.send(&bytes, fds, Deadline::after(Duration::from_secs(5)))?;
     Ok(())
 }
 
@@ -390,6 +405,24 @@ impl Client {
     /// As [`Client::answer`].
     pub fn ask(&self, request: &Request, progress: &mut dyn FnMut(&str, u64, u64)) -> anyhow::Result<Answer> {
         send(&self.channel, request).context("cannot reach the VMM")?;
+        self.answer(progress)
+    }
+
+    /// Asks for an update to a successor that this process has started, with the channel to it
+    /// ([`Source::Passed`]), and waits for the answer.
+    ///
+    /// # Errors
+    /// As [`Client::answer`].
+    pub fn ask_update_to(
+        &self,
+        successor: Channel,
+        request: UpdateRequest,
+        progress: &mut dyn FnMut(&str, u64, u64),
+    ) -> anyhow::Result<Answer> {
+        let request = Request::Update(UpdateRequest { successor: Source::Passed, ..request });
+        send_with(&self.channel, &request, &[successor.as_fd()]).context("cannot reach the VMM")?;
+        // Only then is it noticed at the other end that the successor is gone.
+        drop(successor);
         self.answer(progress)
     }
 }

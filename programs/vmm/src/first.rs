@@ -47,7 +47,14 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
         Err((error, control)) => return control::send(&control, &Answer::Error(format!("{error:#}"))),
     };
     match make(spec, &clients) {
-        Ok((machine, guest)) => Vmm::new(spec.clone(), machine, guest, clients, programs).obey(),
+        Ok((machine, guest)) => {
+            let mut vmm = Vmm::new(spec.clone(), machine, guest, clients, programs);
+            if let Err(error) = vmm.confine() {
+                vmm.clients.tell(Clients::MAKER, &Answer::Error(format!("{:#}", anyhow::Error::new(error))));
+                return Ok(());
+            }
+            vmm.obey()
+        }
         // Whoever started this process hears why, and says so.
         Err(error) => {
             clients.tell(Clients::MAKER, &Answer::Error(format!("{error:#}")));

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod clients;
+pub mod confine;
 pub mod control;
 mod exits;
 mod first;

@@ -1,6 +1,7 @@
 //! A VMM's life while it runs the guest: it does what comes over the control channel.
 
 use std::os::fd::AsFd;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
@@ -18,6 +19,9 @@ use crate::clients::Came;
 use crate::clients::ClientId;
 use crate::clients::Clients;
 use crate::clients::Mode;
+use crate::confine;
+use crate::confine::Confine;
+use crate::confine::ConfineError;
 use crate::control::Answer;
 use crate::control::End;
 use crate::control::GuestState;
@@ -65,6 +69,8 @@ pub(crate) struct Vmm {
     /// Programs that the machine may be updated to.
     pub(crate) programs: Vec<PathBuf>,
     pub(crate) history: History,
+    /// How this process is confined.
+    pub(crate) confined: Confine,
 }
 
 /// What is left to do after a request.
@@ -101,7 +107,18 @@ impl Vmm {
     ) -> Self {
         let words = MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()));
         let history = History { made_ns: monotonic_ns(), updates: 0 };
-        Self { spec, machine, guest: AnyGuest { guest, held: false }, words, clients, programs, history }
+        let guest = AnyGuest { guest, held: false };
+        Self { spec, machine, guest, words, clients, programs, history, confined: Confine::No }
+    }
+
+    /// Gives up what is not needed while the guest runs, if the machine is to be confined.
+    ///
+    /// # Errors
+    /// If the kernel does not take the filter.
+    pub(crate) fn confine(&mut self) -> Result<(), ConfineError> {
+        confine::filter_calls(self.spec.confine)?;
+        self.confined = self.spec.confine;
+        Ok(())
     }
 
     pub(crate) fn obey(mut self) -> anyhow::Result<()> {
@@ -109,7 +126,7 @@ impl Vmm {
             let ended = self.guest.guest.health().ended().is_some();
             let bell = (!ended).then(|| self.guest.guest.health().as_fd());
             let after = match self.clients.wait(bell)? {
-                Came::Request(client, request) => self.act(client, request)?,
+                Came::Request(client, request, fd) => self.act(client, request, fd)?,
                 Came::Bell => self.ended()?,
                 // Nobody is left who could end the guest: it must not run for ever.
                 Came::Nobody => After::End,
@@ -120,7 +137,7 @@ impl Vmm {
         }
     }
 
-    fn act(&mut self, client: ClientId, request: Request) -> anyhow::Result<After> {
+    fn act(&mut self, client: ClientId, request: Request, fd: Option<OwnedFd>) -> anyhow::Result<After> {
         debug!(?request, "request");
         let answer = match request {
             Request::Status => Answer::Status(Box::new(self.status())),
@@ -131,7 +148,7 @@ impl Vmm {
                 self.clients.set_mode(client, Mode::Waits);
                 return Ok(After::Go);
             }
-            Request::Update(update) => return self.update(client, &update),
+            Request::Update(update) => return self.update(client, &update, fd),
             Request::Stop => {
                 self.clients.tell_waiting(&Answer::Stopped);
                 self.clients.tell(client, &Answer::Stopped);
@@ -240,6 +257,7 @@ impl Vmm {
             passes,
             errors: mailbox.errors(),
             failure,
+            confined: self.confined,
         }
     }
 }

@@ -18,6 +18,7 @@ use tracing::debug;
 use tracing::warn;
 
 use crate::clients::Clients;
+use crate::confine::Confine;
 use crate::control::Answer;
 use crate::control::GuestKind;
 use crate::guest::AnyGuest;
@@ -55,7 +56,7 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
     let successor = match start {
         Start::Started => Successor::from_stdin(&formats, timeouts)?,
         Start::Connect(path) => Successor::connect(path, &formats, timeouts)?,
-        Start::Executed(number) => return go_on(*number, observer)?.obey(),
+        Start::Executed(number) => return serve(go_on(*number, observer)?),
     };
     let mut attached = successor.attach(observer)?;
     let told = attached.vmm().clone();
@@ -74,10 +75,18 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
         }
     }
     match attached.claim(observer) {
-        Ok(handed) => take_over(handed, prepared, observer)?.obey(),
+        Ok(handed) => serve(take_over(handed, prepared, observer)?),
         Err(error) if error.is_rehearsed() => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Serves, as confined as the machine is to be. That this cannot be is no reason to lose the guest.
+fn serve(mut vmm: Vmm) -> anyhow::Result<()> {
+    if let Err(error) = vmm.confine() {
+        warn!(error = &error as &dyn std::error::Error, "the VMM is not confined");
+    }
+    vmm.obey()
 }
 
 /// What is ready before the state is there.
@@ -129,7 +138,8 @@ impl Prepared {
         let Self { told, clients, guest } = self;
         let guest = AnyGuest { guest, held: told.held };
         let history = History { updates: told.history.updates + u64::from(updated), ..told.history };
-        Vmm { spec: told.spec, machine, guest, words, clients, programs: told.programs, history }
+        let Told { spec, programs, .. } = told;
+        Vmm { spec, machine, guest, words, clients, programs, history, confined: Confine::No }
     }
 }
 

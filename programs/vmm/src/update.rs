@@ -1,6 +1,7 @@
 //! The predecessor's side of an update.
 
 use std::os::fd::AsFd as _;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process;
 use std::time::Duration;
@@ -23,6 +24,7 @@ use tracing::debug;
 use tracing::info;
 
 use crate::clients::ClientId;
+use crate::confine::Confine;
 use crate::control::Answer;
 use crate::control::Carrier;
 use crate::control::Source;
@@ -52,9 +54,20 @@ fn timeouts(request: &UpdateRequest) -> Timeouts {
 }
 
 impl Vmm {
-    pub(crate) fn update(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<After> {
+    /// `passed` is what came with the request.
+    pub(crate) fn update(
+        &mut self,
+        client: ClientId,
+        request: &UpdateRequest,
+        passed: Option<OwnedFd>,
+    ) -> anyhow::Result<After> {
+        if self.confined != Confine::No && !matches!(request.successor, Source::Passed | Source::Listen(_)) {
+            let reason = "this VMM is confined, and starts no program: the successor has to be started by who asks, and \
+                          the carrier is socket";
+            return Ok(self.refuse(client, reason.to_owned()));
+        }
         let updated = match request.carrier {
-            Carrier::Socket => self.hand_over(client, request),
+            Carrier::Socket => self.hand_over(client, request, passed),
             Carrier::Exec => self.execute(client, request),
         };
         updated.inspect_err(|error| {
@@ -83,10 +96,15 @@ impl Vmm {
         After::Go
     }
 
-    fn hand_over(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<After> {
+    fn hand_over(
+        &mut self,
+        client: ClientId,
+        request: &UpdateRequest,
+        passed: Option<OwnedFd>,
+    ) -> anyhow::Result<After> {
         let timeouts = timeouts(request);
         let ready = || -> anyhow::Result<_> {
-            let found = self.successor(request, timeouts)?;
+            let found = self.successor(request, passed, timeouts)?;
             self.guest.guest.before_freeze()?;
             Ok(found)
         };
@@ -165,7 +183,7 @@ impl Vmm {
         let path = match source {
             Source::Own => Program::this_path().context("cannot find this program")?,
             Source::Program(path) => path.clone(),
-            Source::Listen(_) => bail!("a program can be executed, not somebody who connects"),
+            Source::Listen(_) | Source::Passed => bail!("a program can be executed, not a process"),
         };
         Ok(Program::open(&path, &self.programs)?)
     }
@@ -190,10 +208,15 @@ impl Vmm {
     fn successor(
         &self,
         request: &UpdateRequest,
+        passed: Option<OwnedFd>,
         timeouts: Timeouts,
     ) -> anyhow::Result<(Channel, Option<Started>)> {
         match &request.successor {
             Source::Listen(path) => Ok((listen(path, timeouts)?, None)),
+            Source::Passed => {
+                let passed = passed.context("no successor came with the request")?;
+                Ok((Channel::from_fd(passed).context("what came with the request")?, None))
+            }
             source => {
                 let (channel, started) = self.program(source)?.start(SUCCEED)?;
                 Ok((channel, Some(started)))

@@ -1,6 +1,8 @@
 //! The verbs on machines that have a name, as their user has them.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+mod confined;
+
 use std::path::PathBuf;
 use std::process::Command;
 use std::process::Output;
