@@ -219,6 +219,14 @@ impl Mapping {
         self.with_word(offset, |word| word.store(value, Ordering::Release))
     }
 
+    /// Adds 1 to the 64-bit word at `offset`, a multiple of 8, in one atomic step; modulo 2^64.
+    ///
+    /// # Errors
+    /// [`OutOfRange`], and nothing was written.
+    pub fn increment(&self, offset: u64) -> Result<(), OutOfRange> {
+        self.with_word(offset, |word| word.fetch_add(1, Ordering::AcqRel)).map(drop)
+    }
+
     fn with_word<T>(&self, offset: u64, act: impl FnOnce(&AtomicU64) -> T) -> Result<T, OutOfRange> {
         let bytes = self.slice(offset, 8)?;
         let word = bytes.get_atomic_ref::<AtomicU64>(0).map_err(|_| self.out_of_range(offset, 8))?;
@@ -414,6 +422,19 @@ mod tests {
         assert!(mapping.load(4).is_err(), "not aligned");
         assert!(mapping.word(4096).is_err());
         assert_eq!(mapping.load(4088).unwrap(), 0);
+    }
+
+    #[test]
+    fn increments_by_several_threads_are_all_counted() {
+        let mapping = mapping(1);
+        mapping.store(8, u64::MAX).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..10_000).for_each(|_| mapping.increment(8).unwrap()));
+            }
+        });
+        assert_eq!([0, 8, 16].map(|offset| mapping.load(offset).unwrap()), [0, 39_999, 0]);
+        assert!(mapping.increment(4096).is_err());
     }
 
     #[test]
