@@ -110,5 +110,7 @@ fn open(pid: u32, part: &str) -> Option<File> {
     };
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
     let link = entries.map(|entry| entry.path()).find(|link| named(link).is_some())?;
-    File::options().read(true).write(true).open(link).ok()
+    let file = File::options().read(true).write(true).open(link).ok()?;
+    // Made, and not yet given its size.
+    (file.metadata().ok()?.len() != 0).then_some(file)
 }
