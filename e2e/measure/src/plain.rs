@@ -74,11 +74,12 @@ impl Plain {
             for (offset, bytes) in image.pieces() {
                 into.write(offset, bytes);
             }
-            vcpu.set_sregs(&image.sregs(vcpu.get_sregs()?))?;
+            let Some(start) = image.starts().next() else { return Ok(()) };
+            vcpu.set_sregs(&start.sregs(vcpu.get_sregs()?))?;
             if vectors == Vectors::Avx2 {
-                vcpu.set_xcrs(&image.xcrs(vcpu.get_xcrs()?))?;
+                vcpu.set_xcrs(&start.xcrs(vcpu.get_xcrs()?))?;
             }
-            vcpu.set_regs(&image.regs())
+            vcpu.set_regs(&start.regs())
         })?;
         let plain = Self { guest, words: PlainWords(memory), layout };
         plain.wait("count", |mailbox| mailbox.ticks() > 0)?;

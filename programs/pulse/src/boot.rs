@@ -1,22 +1,25 @@
 //! What the VMM writes and sets so that a vCPU starts in the program.
 //!
 //! An [`Image`] is all that must be in memory (*pieces*; everything else must read zero) and all that
-//! must be in the vCPU. It starts in 64-bit mode at privilege level 3, at the first instruction of
-//! the program. Accessed, dirty and busy bits are set from the start, so that neither the processor
+//! must be in the vCPUs ([`Start`]). Each starts in 64-bit mode at privilege level 3, at the first
+//! instruction of the program; no vCPU starts another. Accessed, dirty and busy bits are set from the start, so that neither the processor
 //! nor KVM has a reason to write to a fixed page.
 
 use iced_x86::IcedError;
-use kvm_bindings::{kvm_cpuid_entry2, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs, kvm_xcr, kvm_xcrs};
+use kvm_bindings::{
+    KVM_MP_STATE_RUNNABLE, kvm_cpuid_entry2, kvm_dtable, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_xcr, kvm_xcrs,
+};
 use thiserror::Error;
 
 use crate::check::page_sum;
 use crate::layout::{
     CODE_OFFSET, CODE_ROOM_BYTES, GDT_OFFSET, HUGE_PAGE_BYTES, IDT_OFFSET, LOW_PAGES, Layout, LayoutError,
-    PAGE_BYTES, PD_OFFSET, PDPT_OFFSET, PML4_OFFSET, Slot, TSS_OFFSET, is_fixed,
+    MAX_VCPUS, PAGE_BYTES, PD_OFFSET, PDPT_OFFSET, PML4_OFFSET, Slot, TSS_STRIDE, is_fixed,
 };
 use crate::mailbox::{first_words, word};
+use crate::ports::PORTS;
 use crate::program::{Program, Vectors};
-use crate::report::REPORT_PORT;
 
 /// Present, writable, user, accessed, dirty.
 const TABLE_ENTRY: u64 = 0x67;
@@ -27,14 +30,17 @@ const KERNEL_CODE: u16 = 0x08;
 const KERNEL_DATA: u16 = 0x10;
 const USER_CODE: u16 = 0x18 | 3;
 const USER_DATA: u16 = 0x20 | 3;
+/// The first vCPU's; each has the next.
 const TSS_SELECTOR: u16 = 0x28;
-/// Null, four segments, and a TSS descriptor of two entries.
-const GDT_ENTRIES: u16 = 7;
+/// A TSS descriptor takes two entries.
+const TSS_SELECTORS: u16 = 0x10;
+/// Null, four segments, and the TSS descriptors.
+const GDT_ENTRIES: u16 = 21;
 
 /// Where the I/O permission bitmap begins in the TSS.
 const BITMAP_OFFSET: u16 = 0x68;
-/// Bytes of the bitmap: up to the last port of a report, and the byte of ones that ends it.
-const BITMAP_BYTES: u16 = (REPORT_PORT + 3) / 8 + 2;
+/// Bytes of the bitmap: up to the last port that the guest uses, and the byte of ones that ends it.
+const BITMAP_BYTES: u16 = last_port() / 8 + 2;
 const TSS_BYTES: u16 = BITMAP_OFFSET + BITMAP_BYTES;
 
 const CR0_PE: u64 = 1;
@@ -58,6 +64,8 @@ const XCR0_AVX: u64 = 7;
 /// What can be chosen about a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
+    /// How many vCPUs it has: 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
     /// The vectors its code works with.
     pub vectors: Vectors,
     /// Cycles of its clock in a millisecond (the TSC's frequency in kHz), or 0 if not known.
@@ -70,10 +78,11 @@ pub struct Options {
 }
 
 impl Options {
-    /// SSE2, pauses from half a millisecond on (none, if the clock's rate is 0), no interrupts.
+    /// One vCPU, SSE2, pauses from half a millisecond on (none, if the clock's rate is 0), no interrupts.
     #[must_use]
     pub fn new(cycles_per_ms: u64) -> Self {
         Self {
+            vcpus: 1,
             vectors: Vectors::Sse2,
             cycles_per_ms,
             pause_threshold_cycles: if cycles_per_ms == 0 { u64::MAX } else { cycles_per_ms.div_ceil(2) },
@@ -114,51 +123,81 @@ pub enum ImageError {
     },
 }
 
-/// A guest, ready to be written into memory and a vCPU.
+/// A guest, ready to be written into memory and its vCPUs.
 #[derive(Clone, Debug)]
 pub struct Image {
-    layout: Layout,
+    /// One per vCPU, not empty.
+    layouts: Vec<Layout>,
     options: Options,
     entry: u64,
     pieces: Vec<(u64, Vec<u8>)>,
 }
 
+/// What one vCPU starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    layout: Layout,
+    options: Options,
+    entry: u64,
+}
+
 impl Image {
-    /// A guest with one vCPU in a memory of this size, which must be a multiple of 2 MiB from 4 MiB
-    /// to 64 GiB.
+    /// A guest in a memory of this size, which must be a multiple of 2 MiB from 4 MiB to 64 GiB.
     ///
     /// # Errors
     ///
-    /// [`ImageError::Layout`] for another size; the others would be faults of this crate.
+    /// [`ImageError::Layout`] for another size or number of vCPUs; the others would be faults of this crate.
     pub fn new(memory_bytes: u64, options: &Options) -> Result<Self, ImageError> {
-        let layout = Layout::new(memory_bytes).map_err(ImageError::Layout)?;
+        let layouts = Layout::split(memory_bytes, options.vcpus).map_err(ImageError::Layout)?;
         let program = Program::assemble(options.vectors).map_err(ImageError::Assemble)?;
         let code_bytes = program.bytes.len();
         if u64::try_from(code_bytes).is_ok_and(|len| len > CODE_ROOM_BYTES) {
             return Err(ImageError::CodeTooLong { code_bytes, room_bytes: CODE_ROOM_BYTES });
         }
         let mut pieces = vec![
-            (GDT_OFFSET, words(&gdt())),
+            (GDT_OFFSET, words(&gdt(&layouts))),
             (IDT_OFFSET, words(&idt(&program.handlers))),
-            (TSS_OFFSET, tss(&layout)),
             (CODE_OFFSET, program.bytes),
         ];
-        pieces.extend(page_tables(&layout.slots()));
+        pieces.extend(layouts.iter().map(|layout| (layout.tss_offset(), tss(layout))));
+        pieces.extend(page_tables(&crate::slots(memory_bytes)));
         let sums = fixed_sums(&pieces);
-        pieces.push((layout.mailbox_offset(), mailbox_page(&layout, options, &sums)));
-        Ok(Self { layout, options: *options, entry: program.entry, pieces })
+        let mailbox = |layout: &Layout| (layout.mailbox_offset(), mailbox_page(layout, options, &sums));
+        pieces.extend(layouts.iter().map(mailbox));
+        Ok(Self { layouts, options: *options, entry: program.entry, pieces })
     }
 
-    /// Where things lie.
+    /// Where things lie: one layout per vCPU.
+    #[must_use]
+    pub fn layouts(&self) -> &[Layout] {
+        &self.layouts
+    }
+
+    /// What each vCPU starts with, in their order.
+    pub fn starts(&self) -> impl ExactSizeIterator<Item = Start> {
+        let (options, entry) = (self.options, self.entry);
+        self.layouts.iter().map(move |&layout| Start { layout, options, entry })
+    }
+
+    /// What must stand in memory before a vCPU runs: offset in the memory and bytes. Memory outside
+    /// of the pieces must read zero.
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.pieces.iter().map(|(offset, bytes)| (*offset, bytes.as_slice()))
+    }
+}
+
+impl Start {
+    /// Where things lie for this vCPU.
     #[must_use]
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
 
-    /// What must stand in memory before the vCPU runs: offset in the memory and bytes. Memory outside
-    /// of the pieces must read zero.
-    pub fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        self.pieces.iter().map(|(offset, bytes)| (*offset, bytes.as_slice()))
+    /// The state of activity to start with: it runs. A vCPU with an interrupt controller would wait to be
+    /// started by another if this were not set.
+    #[must_use]
+    pub fn mp_state(&self) -> kvm_mp_state {
+        kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }
     }
 
     /// The general registers to start with.
@@ -188,9 +227,9 @@ impl Image {
         sregs.gs = data;
         sregs.gs.base = self.layout.mailbox_offset();
         sregs.tr = kvm_segment {
-            base: TSS_OFFSET,
+            base: self.layout.tss_offset(),
             limit: u32::from(TSS_BYTES) - 1,
-            selector: TSS_SELECTOR,
+            selector: tss_selector(&self.layout),
             type_: 0xb,
             present: 1,
             ..kvm_segment::default()
@@ -240,19 +279,26 @@ fn segment(selector: u16, type_: u8) -> kvm_segment {
     }
 }
 
-fn gdt() -> Vec<u64> {
+/// One vCPU's: a TSS is busy as long as one has it.
+fn tss_selector(layout: &Layout) -> u16 {
+    TSS_SELECTOR + TSS_SELECTORS * u16::try_from(layout.vcpu()).unwrap_or_default()
+}
+
+fn gdt(layouts: &[Layout]) -> Vec<u64> {
     let kernel_code = 0x00af_9b00_0000_ffff;
     let kernel_data = 0x00cf_9300_0000_ffff;
     let user_code = 0x00af_fb00_0000_ffff;
     let user_data = 0x00cf_f300_0000_ffff;
-    // Present, 64-bit TSS, busy.
-    let tss = u64::from(TSS_BYTES - 1) | (TSS_OFFSET << 16) | 0x8b << 40;
     let mut gdt = vec![0; usize::from(GDT_ENTRIES)];
     gdt[usize::from(KERNEL_CODE / 8)] = kernel_code;
     gdt[usize::from(KERNEL_DATA / 8)] = kernel_data;
     gdt[usize::from(USER_CODE / 8)] = user_code;
     gdt[usize::from(USER_DATA / 8)] = user_data;
-    gdt[usize::from(TSS_SELECTOR / 8)] = tss;
+    for layout in layouts {
+        // Present, 64-bit TSS, busy.
+        let tss = u64::from(TSS_BYTES - 1) | layout.tss_offset() << 16 | 0x8b << 40;
+        gdt[usize::from(tss_selector(layout) / 8)] = tss;
+    }
     gdt
 }
 
@@ -267,14 +313,27 @@ fn idt(handlers: &[u64]) -> Vec<u64> {
     handlers.iter().flat_map(gate).collect()
 }
 
-/// A TSS with the stack for privilege level 0, and a bitmap that allows the reports' port alone.
+const fn last_port() -> u16 {
+    let mut last = 0;
+    let mut index = 0;
+    while index < PORTS.len() {
+        let (port, len) = PORTS[index];
+        if port + len - 1 > last {
+            last = port + len - 1;
+        }
+        index += 1;
+    }
+    last
+}
+
+/// A TSS with the stack for privilege level 0, and a bitmap that allows the guest's ports alone.
 fn tss(layout: &Layout) -> Vec<u8> {
     let mut tss = vec![0; usize::from(TSS_BYTES)];
     tss[4..12].copy_from_slice(&layout.kernel_stack_top().to_le_bytes());
     tss[0x66..0x68].copy_from_slice(&BITMAP_OFFSET.to_le_bytes());
     let bitmap = &mut tss[usize::from(BITMAP_OFFSET)..];
     bitmap.fill(0xff);
-    for port in REPORT_PORT..REPORT_PORT + 4 {
+    for port in PORTS.into_iter().flat_map(|(port, len)| port..port + len) {
         bitmap[usize::from(port / 8)] &= !(1 << (port % 8));
     }
     tss
@@ -303,6 +362,7 @@ fn page_tables(slots: &[Slot]) -> Vec<(u64, Vec<u8>)> {
 fn mailbox_page(layout: &Layout, options: &Options, sums: &[u64]) -> Vec<u8> {
     let mut page = vec![0; 4096];
     let chosen = [
+        (word::VCPUS, options.vcpus.into()),
         (word::CYCLES_PER_MS, options.cycles_per_ms),
         (word::VECTOR_BYTES, options.vectors.bytes()),
         (word::PAUSE_THRESHOLD, options.pause_threshold_cycles),
@@ -336,6 +396,8 @@ fn words(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
+const _: () = assert!(GDT_ENTRIES as u32 == 5 + 2 * MAX_VCPUS);
+const _: () = assert!(TSS_BYTES as u64 <= TSS_STRIDE);
 const _: () = assert!(HUGE_PAGE_BYTES == 1 << 21 && PAGE_BYTES == 4096);
 const _: () = assert!(crate::layout::WORK_OFFSET == 1 << 20);
 

@@ -10,7 +10,7 @@
 
 use core::ops::Range;
 
-use crate::layout::{GDT_OFFSET, LOW_PAGES, Layout, PAGE_BYTES, PD_OFFSET, PML4_OFFSET, is_fixed};
+use crate::layout::{GDT_OFFSET, LOW_PAGES, Layout, MAX_VCPUS, PAGE_BYTES, PD_OFFSET, PML4_OFFSET, is_fixed};
 use crate::mailbox::{BadWord, Progress};
 use crate::pattern::{Line, mix};
 
@@ -213,7 +213,7 @@ pub(crate) fn page_sum(page: u64, bytes: &[u8]) -> u64 {
 fn set_by_processor(page: u64, index: u64) -> u64 {
     let offset = page * PAGE_BYTES;
     if offset == GDT_OFFSET {
-        let is_tss = index == 5;
+        let is_tss = (5..5 + 2 * u64::from(MAX_VCPUS)).contains(&index) && index % 2 == 1;
         let is_segment = (1..5).contains(&index);
         u64::from(is_segment) << 40 | u64::from(is_tss) << 41
     } else if (PML4_OFFSET..PD_OFFSET + 64 * PAGE_BYTES).contains(&offset) {

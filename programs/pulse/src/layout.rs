@@ -9,14 +9,17 @@
 //! | `0x00000` | unused, zero: a lost pointer lands here |
 //! | `0x01000` | GDT |
 //! | `0x02000` | IDT, 256 gates |
-//! | `0x03000` | TSS with the I/O permission bitmap |
+//! | `0x03000` | TSSs with the I/O permission bitmap, one per vCPU |
 //! | `0x08000` | mailboxes, one page per vCPU (room for eight) |
 //! | `0x10000` | stacks, two pages per vCPU: privilege level 3, then 0 |
 //! | `0x20000` | code |
 //! | `0x30000` | page tables: PML4, PDPT, one PD per GiB |
+//! | `0x80000` | the shared page: one word that all vCPUs count up |
 //! | `0x100000` | work area, to the end of memory |
 //!
-//! All of the first MiB but mailboxes and stacks is *fixed*: it never changes while the guest lives.
+//! All of the first MiB but mailboxes, stacks and the shared page is *fixed*: it never changes while the guest lives.
+//!
+//! Each vCPU walks a share of the work area of its own: whole pages, one share after the other.
 
 use core::ops::Range;
 
@@ -37,11 +40,18 @@ pub const MAX_MEMORY_BYTES: u64 = 64 << 30;
 /// Where the mailbox of vCPU 0 lies.
 pub const MAILBOX_OFFSET: u64 = 0x8000;
 
+/// The most vCPUs that a guest can have.
+pub const MAX_VCPUS: u32 = 8;
+/// Where the word lies that all vCPUs count up, each at each of its ticks.
+pub const SHARED_OFFSET: u64 = 0x8_0000;
+
 /// Mailboxes that the fixed layout has room for.
-const MAILBOXES: u64 = 8;
+const MAILBOXES: u64 = MAX_VCPUS as u64;
 pub(crate) const GDT_OFFSET: u64 = 0x1000;
 pub(crate) const IDT_OFFSET: u64 = 0x2000;
 pub(crate) const TSS_OFFSET: u64 = 0x3000;
+/// From one TSS to the next.
+pub(crate) const TSS_STRIDE: u64 = 0x400;
 pub(crate) const STACKS_OFFSET: u64 = 0x1_0000;
 pub(crate) const CODE_OFFSET: u64 = 0x2_0000;
 /// Room for code, in bytes.
@@ -92,6 +102,12 @@ pub enum LayoutError {
         /// The size asked for, in bytes.
         memory_bytes: u64,
     },
+    /// There are no vCPUs, or too many.
+    #[error("{vcpus} vCPUs do not fit this guest: it takes 1 to {MAX_VCPUS}")]
+    Vcpus {
+        /// The number asked for.
+        vcpus: u32,
+    },
     /// The mailbox lies outside the pages set aside for mailboxes, or is no whole page.
     #[error(
         "no mailbox can lie at offset {mailbox_offset:#x}: \
@@ -113,7 +129,7 @@ pub enum LayoutError {
     },
 }
 
-/// Where things lie in one guest's memory. All values have been checked.
+/// Where things lie in a guest's memory, as one of its vCPUs sees it. All values have been checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Multiple of [`HUGE_PAGE_BYTES`] within the limits.
@@ -134,6 +150,27 @@ impl Layout {
     /// [`LayoutError::MemorySize`].
     pub fn new(memory_bytes: u64) -> Result<Self, LayoutError> {
         Self::with_parts(memory_bytes, MAILBOX_OFFSET, WORK_OFFSET..memory_bytes)
+    }
+
+    /// The layouts of all vCPUs of a guest with so many, in their order: the work area from 1 MiB to the
+    /// end is shared out among them.
+    ///
+    /// # Errors
+    ///
+    /// [`LayoutError::Vcpus`], [`LayoutError::MemorySize`].
+    pub fn split(memory_bytes: u64, vcpus: u32) -> Result<Vec<Self>, LayoutError> {
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return Err(LayoutError::Vcpus { vcpus });
+        }
+        let all = Self::new(memory_bytes)?.work_pages();
+        let pages = all.end - all.start;
+        let bound = |vcpu: u64| (all.start + pages * vcpu / u64::from(vcpus)) * PAGE_BYTES;
+        (0..u64::from(vcpus))
+            .map(|vcpu| {
+                let mailbox = MAILBOX_OFFSET + vcpu * PAGE_BYTES;
+                Self::with_parts(memory_bytes, mailbox, bound(vcpu)..bound(vcpu + 1))
+            })
+            .collect()
     }
 
     /// A layout with these parts: for one of several vCPUs, each with a mailbox and a share of the
@@ -189,6 +226,18 @@ impl Layout {
         slots(self.memory_bytes)
     }
 
+    /// Number of the vCPU, from 0.
+    #[must_use]
+    pub fn vcpu(&self) -> u32 {
+        // One of the mailbox pages, of which there are few.
+        u32::try_from((self.mailbox_offset - MAILBOX_OFFSET) / PAGE_BYTES).unwrap_or_default()
+    }
+
+    /// Where its TSS lies.
+    pub(crate) fn tss_offset(&self) -> u64 {
+        TSS_OFFSET + u64::from(self.vcpu()) * TSS_STRIDE
+    }
+
     /// Top of the stack of privilege level 3.
     pub(crate) fn user_stack_top(&self) -> u64 {
         self.stacks() + PAGE_BYTES
@@ -209,7 +258,8 @@ pub(crate) fn is_fixed(page: u64) -> bool {
     let offset = page * PAGE_BYTES;
     let mailboxes = MAILBOX_OFFSET..MAILBOX_OFFSET + MAILBOXES * PAGE_BYTES;
     let stacks = STACKS_OFFSET..STACKS_OFFSET + 2 * MAILBOXES * PAGE_BYTES;
-    page < LOW_PAGES && !mailboxes.contains(&offset) && !stacks.contains(&offset)
+    let moves = mailboxes.contains(&offset) || stacks.contains(&offset) || offset == SHARED_OFFSET;
+    page < LOW_PAGES && !moves
 }
 
 #[cfg(test)]
@@ -261,13 +311,38 @@ mod tests {
     }
 
     #[test]
+    fn the_vcpus_share_the_work_area_out_and_leave_nothing() {
+        for memory_bytes in [4 << 20, 6 << 20, 64 << 30] {
+            for vcpus in 1..=MAX_VCPUS {
+                let layouts = Layout::split(memory_bytes, vcpus).unwrap();
+                let numbers: Vec<u32> = layouts.iter().map(Layout::vcpu).collect();
+                assert_eq!(numbers, (0..vcpus).collect::<Vec<u32>>());
+                let mut end = WORK_OFFSET;
+                for layout in &layouts {
+                    assert_eq!(layout.work().start, end);
+                    end = layout.work().end;
+                }
+                assert_eq!(end, memory_bytes);
+                let lens = layouts.iter().map(|layout| layout.work_pages().count());
+                assert!(lens.clone().max().unwrap() - lens.min().unwrap() <= 1);
+            }
+        }
+        assert_eq!(Layout::split(8 << 20, 1), Layout::new(8 << 20).map(|layout| vec![layout]));
+    }
+
+    #[test]
+    fn a_number_of_vcpus_that_does_not_fit_is_refused_by_value() {
+        for vcpus in [0, 9, u32::MAX] {
+            assert_eq!(Layout::split(8 << 20, vcpus), Err(LayoutError::Vcpus { vcpus }));
+        }
+    }
+
+    #[test]
     fn each_mailbox_has_stacks_of_its_own() {
-        let tops: Vec<u64> = (0..MAILBOXES)
-            .flat_map(|vcpu| {
-                let mailbox = MAILBOX_OFFSET + vcpu * PAGE_BYTES;
-                let layout = Layout::with_parts(8 << 20, mailbox, 1 << 20..8 << 20).unwrap();
-                [layout.user_stack_top(), layout.kernel_stack_top()]
-            })
+        let tops: Vec<u64> = Layout::split(8 << 20, MAX_VCPUS)
+            .unwrap()
+            .iter()
+            .flat_map(|layout| [layout.user_stack_top(), layout.kernel_stack_top()])
             .collect();
         let expected: Vec<u64> = (1..=16).map(|page| STACKS_OFFSET + page * PAGE_BYTES).collect();
         assert_eq!(tops, expected);

@@ -11,7 +11,8 @@
 
 use thiserror::Error;
 
-use crate::layout::{LOW_PAGES, Layout, LayoutError, PAGE_BYTES};
+use crate::layout::{LOW_PAGES, Layout, LayoutError, MAX_VCPUS, PAGE_BYTES};
+use crate::ports::Command;
 
 /// Offsets of the words in the mailbox page, in bytes. They are the format: a guest goes on under a
 /// later release.
@@ -89,6 +90,8 @@ pub mod word {
     pub const PARK_REQUEST: u64 = 0x140;
     /// 1 while the guest stands still.
     pub const PARKED: u64 = 0x148;
+    /// Not 0: what the vCPU is to do at its ports (host). The guest sets it back before it does it.
+    pub const COMMAND: u64 = 0x150;
 
     /// 1 + the vector of the fault that stopped the guest; 0 if none did.
     pub const FAULT_VECTOR: u64 = 0x180;
@@ -98,6 +101,19 @@ pub mod word {
     pub const FAULT_RIP: u64 = 0x190;
     /// CR2 at that time: the address, if it was a page fault.
     pub const FAULT_CR2: u64 = 0x198;
+
+    /// Not 0: send a line to the console as often, in cycles from one to the next (host).
+    pub const CONSOLE_LINES: u64 = 0x1a0;
+    /// The guest's own: its clock when it sent the last line.
+    pub const CONSOLE_LINE_LAST: u64 = 0x1a8;
+    /// Not 0: look as often for received bytes, in cycles, and send them back (host).
+    pub const CONSOLE_POLL: u64 = 0x1b0;
+    /// The guest's own: its clock when it looked last.
+    pub const CONSOLE_POLL_LAST: u64 = 0x1b8;
+    /// Number of the vCPU, from 0.
+    pub const VCPU: u64 = 0x1c0;
+    /// How many vCPUs the guest has.
+    pub const VCPUS: u64 = 0x1c8;
 
     /// The guest's own: 16 words to load registers from.
     pub const SCRATCH: u64 = 0x200;
@@ -127,6 +143,12 @@ pub trait Words {
     fn store(&self, offset_bytes: u64, value: u64);
 }
 
+/// [`Words`] that a guest can run on whose vCPUs are threads.
+pub trait SharedWords: Words {
+    /// Adds 1 to the word at this offset, modulo 2^64, in one atomic step.
+    fn increment(&self, offset_bytes: u64);
+}
+
 /// Why a mailbox cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum MailboxError {
@@ -143,6 +165,40 @@ pub enum MailboxError {
     Version {
         /// The version found.
         found: u64,
+    },
+    /// It says that the guest has none, or too many of them.
+    #[error("the mailbox tells of {found} vCPUs, and this release knows of 1 to {MAX_VCPUS}")]
+    Vcpus {
+        /// The number that stands there.
+        found: u64,
+    },
+    /// It is another vCPU's, or of a guest with another number of them.
+    #[error("where vCPU {expected} of {vcpus} has its mailbox is that of vCPU {vcpu} of {vcpus_there}")]
+    Vcpu {
+        /// Number of the vCPU whose place it is.
+        expected: u32,
+        /// How many vCPUs the first mailbox tells of.
+        vcpus: u32,
+        /// Number of the vCPU that stands there.
+        vcpu: u64,
+        /// How many vCPUs it tells of.
+        vcpus_there: u64,
+    },
+    /// The guest is one of a memory of another size.
+    #[error("the mailbox is of a memory of {found} bytes, and this one has {memory_bytes}")]
+    MemorySize {
+        /// The size that stands there.
+        found: u64,
+        /// The memory's size.
+        memory_bytes: u64,
+    },
+    /// The vCPUs' shares leave out a part of the work area, or overlap.
+    #[error("a share of the work area ends at {end:#x}, and what follows begins at {start:#x}")]
+    Share {
+        /// Where the next share begins, or the memory ends, as an offset.
+        start: u64,
+        /// Where the share before ends.
+        end: u64,
     },
     /// It describes a memory that cannot be.
     #[error("the mailbox describes no valid layout")]
@@ -425,6 +481,29 @@ impl<'a, W: Words> Mailbox<'a, W> {
         self.load(word::PARKED) != 0
     }
 
+    /// Has the vCPU do something at its ports, soon. One thing at a time.
+    pub fn command(&self, command: Command) {
+        self.store(word::COMMAND, command.code());
+    }
+
+    /// Whether the vCPU has taken the last command, and does it or has done it.
+    #[must_use]
+    pub fn command_is_taken(&self) -> bool {
+        self.load(word::COMMAND) == 0
+    }
+
+    /// Has the vCPU send a line to the console each so many cycles, and send received bytes back, for which it looks
+    /// each so many cycles. 0 is never.
+    pub fn set_console(&self, lines_cycles: u64, poll_cycles: u64) {
+        self.store(word::CONSOLE_LINES, lines_cycles);
+        self.store(word::CONSOLE_POLL, poll_cycles);
+    }
+
+    /// Number of the vCPU and how many there are, as they stand there.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        (self.load(word::VCPU), self.load(word::VCPUS))
+    }
+
     /// The exception that stopped the guest for good, if one did.
     #[must_use]
     pub fn fault(&self) -> Option<Fault> {
@@ -460,6 +539,7 @@ pub(crate) fn first_words(layout: &Layout, sums: &[u64]) -> Vec<(u64, u64)> {
         (word::MEMORY_BYTES, layout.memory_bytes()),
         (word::WORK_START, work.start),
         (word::WORK_END, work.end),
+        (word::VCPU, layout.vcpu().into()),
     ];
     let sums = (0..).map(|page| word::FIXED_SUMS + page * 8).zip(sums);
     words.extend(sums.map(|(offset, &sum)| (offset, sum)));

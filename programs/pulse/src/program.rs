@@ -1,6 +1,7 @@
 //! The machine code of the KVM guest, made at run time.
 //!
-//! The program never leaves privilege level 3 by itself but for the OUT of a report. All of its live
+//! The program never leaves privilege level 3 by itself but for the OUT of a report, and what the host
+//! asks it to do at other ports. All vCPUs run the same code. All of the program's live
 //! state is in registers on purpose, and each page ends with a comparison of some of them against
 //! others:
 //!
@@ -24,6 +25,7 @@
 
 mod handlers;
 mod lanes;
+mod outside;
 mod walk;
 
 use iced_x86::IcedError;

@@ -5,12 +5,13 @@ use core::convert::Infallible;
 use core::ops::Range;
 
 use crate::check::{Check, FixedCheck, fixed_pages, work_area};
-use crate::{Image, Layout, MAILBOX_OFFSET, Mailbox, Options, PAGE_BYTES, Report, Walk, Words};
+use crate::{Image, Layout, MAILBOX_OFFSET, Mailbox, Options, PAGE_BYTES, Report, SharedWords, Walk, Words};
 
 /// Words of a page.
 pub(crate) const PAGE_WORDS: u64 = 512;
 
-/// Guest memory as a vector of words. Writes inside of `watched` are counted.
+/// Guest memory as a vector of words. Writes are counted.
+#[derive(Debug)]
 pub(crate) struct Memory {
     words: Vec<Cell<u64>>,
     /// Pages whose first word was read since the list was last taken.
@@ -20,7 +21,7 @@ pub(crate) struct Memory {
 
 impl Memory {
     pub(crate) fn new(image: &Image) -> Self {
-        let len = image.layout().memory_bytes() / 8;
+        let len = image.layouts()[0].memory_bytes() / 8;
         let memory = Self {
             words: (0..len).map(|_| Cell::new(0)).collect(),
             first_words_read: RefCell::default(),
@@ -82,6 +83,12 @@ impl Words for Memory {
     }
 }
 
+impl SharedWords for Memory {
+    fn increment(&self, offset_bytes: u64) {
+        self.store(offset_bytes, self.load(offset_bytes).wrapping_add(1));
+    }
+}
+
 /// A thread guest of 4 MiB whose clock goes on by 1000 at each look.
 pub(crate) struct Rig {
     pub(crate) memory: Memory,
@@ -94,7 +101,7 @@ pub(crate) struct Rig {
 impl Rig {
     pub(crate) fn new() -> Self {
         let image = Image::new(4 << 20, &Options::new(1_000_000)).unwrap();
-        let layout = *image.layout();
+        let layout = image.layouts()[0];
         Self {
             memory: Memory::new(&image),
             layout,

@@ -1,23 +1,27 @@
-//! The guest that is a thread: the same walk in Rust, over [`Words`].
+//! The guest that is a thread: the same walk in Rust, over [`SharedWords`].
 //!
 //! A [`Walk`] is what the registers are to the KVM guest. The thread that owns it calls
 //! [`Walk::step`] until it is told to stop; between two steps [`Walk::encode`] makes bytes of it, with
-//! which it goes on elsewhere. Its clock is a closure that gives nanoseconds of a monotonic clock, so
-//! one millisecond is 1,000,000 cycles ([`crate::Options::cycles_per_ms`]).
+//! which it goes on elsewhere. A guest with several vCPUs is several walks in one memory, each with a
+//! thread of its own. Their clock gives nanoseconds of a monotonic clock, so one millisecond is
+//! 1,000,000 cycles ([`crate::Options::cycles_per_ms`]).
 
 use thiserror::Error;
 
-use crate::layout::{CHUNK_BYTES, CHUNK_WORDS, HUGE_PAGE_BYTES, Layout, PAGE_BYTES};
-use crate::mailbox::{BadWord, PAUSE_RING_LEN, Words, word};
+use crate::layout::{CHUNK_BYTES, CHUNK_WORDS, HUGE_PAGE_BYTES, Layout, PAGE_BYTES, SHARED_OFFSET};
+use crate::mailbox::{BadWord, PAUSE_RING_LEN, SharedWords, word};
 use crate::pattern::Line;
+use crate::ports::Outside;
 use crate::report::Report;
 
 const CHUNKS: u64 = PAGE_BYTES / CHUNK_BYTES;
 /// Words of an encoded walk.
-const ENCODED_WORDS: usize = 14;
+const ENCODED_WORDS: usize = 15;
 /// Length of an encoded walk in bytes.
 pub const ENCODED_BYTES: usize = ENCODED_WORDS * 8;
 const ENCODED_VERSION: u64 = 1;
+
+mod outside;
 
 /// Why [`Walk::decode`] refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
@@ -44,7 +48,7 @@ pub enum WalkError {
     },
 }
 
-/// The live state of the guest that is a thread.
+/// The live state of one vCPU of the guest that is threads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Walk {
     layout: Layout,
@@ -84,7 +88,7 @@ struct Hands<'a, W> {
     mailbox: u64,
 }
 
-impl<W: Words> Hands<'_, W> {
+impl<W: SharedWords> Hands<'_, W> {
     fn get(&self, word: u64) -> u64 {
         self.words.load(self.mailbox + word)
     }
@@ -126,30 +130,30 @@ impl Walk {
     /// Does one small piece of work: a chunk, the end of a pass, one window of a probe, or, while
     /// parked, one look at the mailbox. Returns what a KVM guest would have reported by leaving.
     ///
-    /// `clock` gives the guest's time in cycles.
-    pub fn step(&mut self, words: &impl Words, clock: &mut impl FnMut() -> u64) -> Option<Report> {
+    /// What it does beyond its memory goes to `outside`.
+    pub fn step(&mut self, words: &impl SharedWords, outside: &mut impl Outside) -> Option<Report> {
         let hands = Hands { words, mailbox: self.layout.mailbox_offset() };
         let reported = if let Some(probing) = self.probing {
-            self.probe_window(&hands, clock, probing)
+            self.probe_window(&hands, outside, probing)
         } else if self.parked {
-            self.look(&hands, clock());
+            self.look(&hands, outside.now());
             None
         } else if self.layout.work_pages().contains(&self.page) {
-            self.walk_chunk(&hands, clock)
+            self.walk_chunk(&hands, outside)
         } else {
             self.end_pass(&hands)
         };
-        let reported = reported.or_else(|| self.serve(&hands));
+        let reported = reported.or_else(|| self.serve(&hands, outside));
         if reported.is_some() {
             hands.increment(word::REPORTS);
         }
         reported
     }
 
-    fn walk_chunk<W: Words>(
+    fn walk_chunk<W: SharedWords>(
         &mut self,
         hands: &Hands<'_, W>,
-        clock: &mut impl FnMut() -> u64,
+        outside: &mut impl Outside,
     ) -> Option<Report> {
         let offset = self.page * PAGE_BYTES + self.chunk * CHUNK_BYTES;
         let first = offset / 8;
@@ -165,7 +169,7 @@ impl Walk {
             hands.words.store(index * 8, value);
             value = value.wrapping_add(self.new.step);
         }
-        self.tick(hands, clock());
+        self.tick(hands, outside.now());
         self.chunk += 1;
         if self.chunk == CHUNKS {
             self.chunk = 0;
@@ -180,7 +184,7 @@ impl Walk {
     }
 
     /// Counts the wrong words of a chunk that is not yet written, and keeps the first ever.
-    fn count_errors<W: Words>(&self, hands: &Hands<'_, W>, first: u64) -> bool {
+    fn count_errors<W: SharedWords>(&self, hands: &Hands<'_, W>, first: u64) -> bool {
         let mut any = false;
         let all = (first..first + CHUNK_WORDS).map(|index| BadWord {
             offset_bytes: index * 8,
@@ -200,7 +204,7 @@ impl Walk {
         any
     }
 
-    fn end_pass<W: Words>(&mut self, hands: &Hands<'_, W>) -> Option<Report> {
+    fn end_pass<W: SharedWords>(&mut self, hands: &Hands<'_, W>) -> Option<Report> {
         hands.set(word::PASS_CYCLES, self.last.wrapping_sub(self.pass_began));
         self.pass += 1;
         self.page = self.layout.work_pages().start;
@@ -217,14 +221,15 @@ impl Walk {
         self.pass * (work.end - work.start) + (self.page - work.start)
     }
 
-    fn tick<W: Words>(&mut self, hands: &Hands<'_, W>, now: u64) {
+    fn tick<W: SharedWords>(&mut self, hands: &Hands<'_, W>, now: u64) {
+        hands.words.increment(SHARED_OFFSET);
         self.ticks = self.ticks.wrapping_add(1);
         hands.set(word::TICKS, self.ticks);
         self.look(hands, now);
     }
 
     /// One look at the clock.
-    fn look<W: Words>(&mut self, hands: &Hands<'_, W>, now: u64) {
+    fn look<W: SharedWords>(&mut self, hands: &Hands<'_, W>, now: u64) {
         let gap = now.checked_sub(self.last);
         self.last = now;
         let Some(gap) = gap else {
@@ -244,7 +249,8 @@ impl Walk {
     }
 
     /// Looks at the host's requests.
-    fn serve<W: Words>(&mut self, hands: &Hands<'_, W>) -> Option<Report> {
+    fn serve<W: SharedWords>(&mut self, hands: &Hands<'_, W>, outside: &mut impl Outside) -> Option<Report> {
+        self.ask_outside(hands, outside);
         let gap = hands.get(word::GAP_REQUEST);
         if gap != hands.get(word::GAP_ANSWER) {
             hands.set(word::GAP_LONGEST, 0);
@@ -269,10 +275,10 @@ impl Walk {
         (changed && park).then_some(Report::Parked)
     }
 
-    fn probe_window<W: Words>(
+    fn probe_window<W: SharedWords>(
         &mut self,
         hands: &Hands<'_, W>,
-        clock: &mut impl FnMut() -> u64,
+        outside: &mut impl Outside,
         probing: Probing,
     ) -> Option<Report> {
         if probing.window == probing.windows {
@@ -288,7 +294,7 @@ impl Walk {
         let start = (window + 1) * HUGE_PAGE_BYTES;
         for page in (start / PAGE_BYTES..).take(PAGES_IN_WINDOW) {
             hands.words.load(page * PAGE_BYTES);
-            self.tick(hands, clock());
+            self.tick(hands, outside.now());
         }
         self.probing = Some(Probing { window: probing.window + 1, ..probing });
         None
@@ -301,6 +307,7 @@ impl Walk {
         let words: [u64; ENCODED_WORDS] = [
             ENCODED_VERSION,
             self.layout.memory_bytes(),
+            self.layout.mailbox_offset(),
             self.pass,
             self.page,
             self.chunk,
@@ -335,7 +342,7 @@ impl Walk {
             *word = u64::from_le_bytes(*place);
         }
         check_words(&words, layout)?;
-        let [_, _, pass, page, chunk, ticks, last, pass_began, parked, ..] = words;
+        let [_, _, _, pass, page, chunk, ticks, last, pass_began, parked, ..] = words;
         let [.., is_probing, request, windows, window, began] = words;
         Ok(Self {
             layout: *layout,
@@ -355,7 +362,7 @@ impl Walk {
 
 /// Whether a walk over this memory can have these words.
 fn check_words(words: &[u64; ENCODED_WORDS], layout: &Layout) -> Result<(), WalkError> {
-    let [version, memory_bytes, pass, page, chunk, ..] = *words;
+    let [version, memory_bytes, mailbox_offset, pass, page, chunk, ..] = *words;
     let [.., parked, is_probing, request, windows, window, began] = *words;
     if version != ENCODED_VERSION {
         return Err(WalkError::Version { found: version });
@@ -367,6 +374,7 @@ fn check_words(words: &[u64; ENCODED_WORDS], layout: &Layout) -> Result<(), Walk
     let no_probe = [request, windows, window, began] == [0; 4];
     let rules = [
         ("memory_bytes", memory_bytes, memory_bytes == layout.memory_bytes()),
+        ("mailbox_offset", mailbox_offset, mailbox_offset == layout.mailbox_offset()),
         ("pass", pass, pass < passes),
         ("page", page, work.contains(&page) || at_end),
         ("chunk", chunk, chunk < if at_end { 1 } else { CHUNKS }),

@@ -14,6 +14,7 @@ use machine::StateName;
 use machine::update::Guest;
 use pulse::MAILBOX_OFFSET;
 use pulse::Mailbox;
+use pulse::SharedWords;
 use pulse::Words;
 use region::Mapping;
 use rustix::event::EventfdFlags;
@@ -78,6 +79,12 @@ impl Words for MemoryWords {
 
     fn store(&self, offset_bytes: u64, value: u64) {
         let _ = self.0.store(offset_bytes, value);
+    }
+}
+
+impl SharedWords for MemoryWords {
+    fn increment(&self, offset_bytes: u64) {
+        let _ = self.0.increment(offset_bytes);
     }
 }
 

@@ -23,6 +23,7 @@ use machine::StateName;
 use machine::update::Guest;
 use pulse::Image;
 use pulse::Options;
+use pulse::Start;
 use pulse::Vectors;
 use region::Mapping;
 use sched::Scheduling;
@@ -205,13 +206,9 @@ impl KvmGuest {
         for (offset, bytes) in image.pieces() {
             memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
         }
-        let sregs = fd.get_sregs().map_err(below("read registers"))?;
-        fd.set_sregs(&image.sregs(sregs)).map_err(below("set registers"))?;
-        if vectors == Vectors::Avx2 {
-            let xcrs = fd.get_xcrs().map_err(below("read registers"))?;
-            fd.set_xcrs(&image.xcrs(xcrs)).map_err(below("set registers"))?;
+        for (vcpu, start) in parts.vcpus.iter().zip(image.starts()) {
+            set_start(vcpu, &start, vectors).map_err(below("set registers"))?;
         }
-        fd.set_regs(&image.regs()).map_err(below("set registers"))?;
         parts.start(&cpuid, health, Vec::new())
     }
 
@@ -237,6 +234,17 @@ impl KvmGuest {
         guest.vcpus.iter_mut().try_for_each(|vcpu| vcpu.idle()?.check(&contents))?;
         Ok(guest)
     }
+}
+
+/// Gives a vCPU what it starts with.
+fn set_start(vcpu: &Vcpu, start: &Start, vectors: Vectors) -> Result<(), kvm_ioctls::Error> {
+    let fd = vcpu.fd();
+    fd.set_sregs(&start.sregs(fd.get_sregs()?))?;
+    if vectors == Vectors::Avx2 {
+        fd.set_xcrs(&start.xcrs(fd.get_xcrs()?))?;
+    }
+    fd.set_regs(&start.regs())?;
+    fd.set_mp_state(start.mp_state())
 }
 
 impl Guest for KvmGuest {

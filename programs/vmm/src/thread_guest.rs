@@ -102,7 +102,8 @@ impl ThreadGuest {
         for (offset, bytes) in image.pieces() {
             memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
         }
-        Self::spawn(memory, *image.layout(), Some(Walk::new(image.layout(), monotonic_ns())), health)
+        let [layout] = image.layouts() else { return Err(GuestError::NoVcpus) };
+        Self::spawn(memory, *layout, Some(Walk::new(layout, monotonic_ns())), health)
     }
 
     /// A guest that is to be loaded.

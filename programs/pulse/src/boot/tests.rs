@@ -7,6 +7,16 @@ fn image(memory_bytes: u64) -> Image {
     Image::new(memory_bytes, &Options::new(2_600_000)).unwrap()
 }
 
+/// One with as many vCPUs as there can be.
+fn full_image(memory_bytes: u64) -> Image {
+    Image::new(memory_bytes, &Options { vcpus: MAX_VCPUS, ..Options::new(2_600_000) }).unwrap()
+}
+
+/// The first vCPU's.
+fn first(image: &Image) -> Start {
+    image.starts().next().unwrap()
+}
+
 /// Reads words of the image's low part by guest-physical address; there offset and address are one.
 struct Low(BTreeMap<u64, u64>);
 
@@ -65,9 +75,9 @@ fn page_tables_map_every_offset_to_the_slot_that_holds_it() {
     {
         let image = image(memory_bytes);
         let low = Low::of(&image);
-        let cr3 = image.sregs(kvm_sregs::default()).cr3;
+        let cr3 = first(&image).sregs(kvm_sregs::default()).cr3;
         let mut covered = 0;
-        for slot in image.layout().slots() {
+        for slot in crate::slots(memory_bytes) {
             for offset in (0..slot.len_bytes).step_by(1 << 21) {
                 let found = low.translate(cr3, slot.offset_bytes + offset + 0x1234);
                 assert_eq!(found, Some(slot.guest_address + offset + 0x1234));
@@ -82,7 +92,7 @@ fn page_tables_map_every_offset_to_the_slot_that_holds_it() {
 #[test]
 fn pieces_lie_below_the_work_area_and_apart() {
     for memory_bytes in [4 << 20, 64 * GIB] {
-        let image = image(memory_bytes);
+        let image = full_image(memory_bytes);
         let mut ranges: Vec<(u64, u64)> = image
             .pieces()
             .map(|(offset, bytes)| (offset, offset + u64::try_from(bytes.len()).unwrap()))
@@ -98,8 +108,8 @@ fn pieces_lie_below_the_work_area_and_apart() {
 #[test]
 fn the_registers_start_the_program_at_privilege_level_three() {
     let image = image(64 << 20);
-    let regs = image.regs();
-    let sregs = image.sregs(kvm_sregs::default());
+    let regs = first(&image).regs();
+    let sregs = first(&image).sregs(kvm_sregs::default());
     let (code, bytes) = image.pieces().find(|&(offset, _)| offset == CODE_OFFSET).unwrap();
     assert_eq!(regs.rip, code);
     assert!(bytes.len() > 1000);
@@ -110,11 +120,29 @@ fn the_registers_start_the_program_at_privilege_level_three() {
 }
 
 #[test]
+fn each_vcpu_starts_with_places_of_its_own_and_runs_from_the_start() {
+    let image = full_image(64 << 20);
+    let starts: Vec<Start> = image.starts().collect();
+    assert_eq!(starts.len(), 8);
+    for (start, vcpu) in starts.iter().zip(0..) {
+        let sregs = start.sregs(kvm_sregs::default());
+        assert_eq!(start.layout(), &image.layouts()[usize::try_from(vcpu).unwrap()]);
+        assert_eq!(start.regs().rip, starts[0].regs().rip);
+        assert_eq!(start.regs().rsp, 0x1_1000 + vcpu * 0x2000);
+        assert_eq!(sregs.gs.base, 0x8000 + vcpu * 0x1000);
+        assert_eq!(sregs.tr.base, 0x3000 + vcpu * 0x400);
+        assert_eq!(u64::from(sregs.tr.selector), 0x28 + vcpu * 0x10);
+        assert_eq!(start.mp_state().mp_state, KVM_MP_STATE_RUNNABLE);
+    }
+}
+
+#[test]
 fn cached_segments_agree_with_the_descriptors_in_memory() {
-    let image = image(64 << 20);
+    let image = full_image(64 << 20);
     let low = Low::of(&image);
-    let sregs = image.sregs(kvm_sregs::default());
-    for segment in [sregs.cs, sregs.ss, sregs.ds, sregs.tr] {
+    let sregs = first(&image).sregs(kvm_sregs::default());
+    let task_states = image.starts().map(|start| start.sregs(kvm_sregs::default()).tr);
+    for segment in task_states.chain([sregs.cs, sregs.ss, sregs.ds]) {
         assert!(segment.selector < sregs.gdt.limit);
         let (base, limit, access, flags) = low.descriptor(sregs.gdt.base, segment.selector);
         let limit = if flags & 8 != 0 { limit << 12 | 0xfff } else { limit };
@@ -129,13 +157,13 @@ fn cached_segments_agree_with_the_descriptors_in_memory() {
 }
 
 #[test]
-fn the_tss_allows_the_reports_port_and_no_other() {
+fn the_tss_allows_the_guests_ports_and_no_other() {
     let layout = Layout::new(64 << 20).unwrap();
     let tss = tss(&layout);
     let bitmap = usize::from(u16::from_le_bytes([tss[0x66], tss[0x67]]));
     let allowed: Vec<usize> =
         (0..(tss.len() - bitmap) * 8).filter(|port| tss[bitmap + port / 8] & 1 << (port % 8) == 0).collect();
-    assert_eq!(allowed, [0x5f0, 0x5f1, 0x5f2, 0x5f3]);
+    assert_eq!(allowed, [0x64, 0x3f8, 0x3fd, 0x5f0, 0x5f1, 0x5f2, 0x5f3, 0x604, 0x605, 0xcf9]);
     assert_eq!(tss.last(), Some(&0xff));
     assert_eq!(tss[4..12], 0x1_2000_u64.to_le_bytes());
 }
@@ -144,7 +172,7 @@ fn the_tss_allows_the_reports_port_and_no_other() {
 fn each_vector_has_a_gate_to_a_stub_of_its_own() {
     let image = image(64 << 20);
     let low = Low::of(&image);
-    let sregs = image.sregs(kvm_sregs::default());
+    let sregs = first(&image).sregs(kvm_sregs::default());
     assert_eq!(sregs.idt.limit, 256 * 16 - 1);
     let (code, bytes) = image.pieces().find(|&(offset, _)| offset == CODE_OFFSET).unwrap();
     let end = code + u64::try_from(bytes.len()).unwrap();
@@ -164,12 +192,14 @@ fn each_vector_has_a_gate_to_a_stub_of_its_own() {
 }
 
 #[test]
-fn a_size_that_does_not_fit_is_told() {
+fn a_size_or_a_number_of_vcpus_that_does_not_fit_is_told() {
     let refused = Image::new(3 << 20, &Options::new(0));
     assert!(matches!(
         refused,
         Err(ImageError::Layout(LayoutError::MemorySize { memory_bytes })) if memory_bytes == 3 << 20
     ));
+    let refused = Image::new(4 << 20, &Options { vcpus: 9, ..Options::new(0) });
+    assert!(matches!(refused, Err(ImageError::Layout(LayoutError::Vcpus { vcpus: 9 }))));
 }
 
 #[test]
@@ -189,14 +219,14 @@ fn wide_vectors_need_avx2_xsave_and_its_state() {
 #[test]
 fn only_wide_vectors_ask_for_xsave() {
     let narrow = image(4 << 20);
-    assert_eq!(narrow.sregs(kvm_sregs::default()).cr4 & CR4_OSXSAVE, 0);
-    assert_eq!(narrow.xcrs(kvm_xcrs::default()), kvm_xcrs::default());
+    assert_eq!(first(&narrow).sregs(kvm_sregs::default()).cr4 & CR4_OSXSAVE, 0);
+    assert_eq!(first(&narrow).xcrs(kvm_xcrs::default()), kvm_xcrs::default());
     let options = Options { vectors: Vectors::Avx2, interrupts: true, ..Options::new(1000) };
     let wide = Image::new(4 << 20, &options).unwrap();
-    assert_ne!(wide.sregs(kvm_sregs::default()).cr4 & CR4_OSXSAVE, 0);
-    let xcrs = wide.xcrs(kvm_xcrs::default());
+    assert_ne!(first(&wide).sregs(kvm_sregs::default()).cr4 & CR4_OSXSAVE, 0);
+    let xcrs = first(&wide).xcrs(kvm_xcrs::default());
     assert_eq!((xcrs.nr_xcrs, xcrs.xcrs[0].value), (1, 7));
-    assert_eq!(wide.regs().rflags, 0x202);
+    assert_eq!(first(&wide).regs().rflags, 0x202);
 }
 
 #[test]

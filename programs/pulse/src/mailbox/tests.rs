@@ -4,7 +4,7 @@ use crate::rig::Rig;
 
 /// All words with their lengths in bytes, in the order of the offsets. A change here is a new
 /// [`VERSION`].
-const ALL: [(&str, u64, u64, u64); 41] = [
+const ALL: [(&str, u64, u64, u64); 48] = [
     ("MAGIC", word::MAGIC, 0x000, 8),
     ("VERSION", word::VERSION, 0x008, 8),
     ("MEMORY_BYTES", word::MEMORY_BYTES, 0x010, 8),
@@ -39,10 +39,17 @@ const ALL: [(&str, u64, u64, u64); 41] = [
     ("PROBE_PAGES", word::PROBE_PAGES, 0x120, 8),
     ("PARK_REQUEST", word::PARK_REQUEST, 0x140, 8),
     ("PARKED", word::PARKED, 0x148, 8),
+    ("COMMAND", word::COMMAND, 0x150, 8),
     ("FAULT_VECTOR", word::FAULT_VECTOR, 0x180, 8),
     ("FAULT_ERROR_CODE", word::FAULT_ERROR_CODE, 0x188, 8),
     ("FAULT_RIP", word::FAULT_RIP, 0x190, 8),
     ("FAULT_CR2", word::FAULT_CR2, 0x198, 8),
+    ("CONSOLE_LINES", word::CONSOLE_LINES, 0x1a0, 8),
+    ("CONSOLE_LINE_LAST", word::CONSOLE_LINE_LAST, 0x1a8, 8),
+    ("CONSOLE_POLL", word::CONSOLE_POLL, 0x1b0, 8),
+    ("CONSOLE_POLL_LAST", word::CONSOLE_POLL_LAST, 0x1b8, 8),
+    ("VCPU", word::VCPU, 0x1c0, 8),
+    ("VCPUS", word::VCPUS, 0x1c8, 8),
     ("SCRATCH", word::SCRATCH, 0x200, 128),
     ("PAUSE_RING", word::PAUSE_RING, 0x400, 512),
     ("FIXED_SUMS", word::FIXED_SUMS, 0x800, 2048),

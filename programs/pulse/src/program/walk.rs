@@ -7,8 +7,8 @@ use iced_x86::code_asm::{
 };
 
 use super::lanes::{Lane, Vectors};
-use super::{MXCSR, here, mail, report};
-use crate::layout::{CHUNK_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES};
+use super::{MXCSR, here, mail, outside, report};
+use crate::layout::{CHUNK_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, SHARED_OFFSET};
 use crate::mailbox::{PAUSE_RING_LEN, word};
 use crate::pattern::{MIX_FIRST, MIX_SECOND};
 use crate::report::Report;
@@ -200,10 +200,16 @@ fn walk_chunk(a: &mut CodeAssembler, vectors: Vectors, places: &mut Places) -> E
     Ok(())
 }
 
+/// Counts a tick: in the word that all vCPUs share, and in this one's own.
+fn tick(a: &mut CodeAssembler) -> Emitted {
+    a.lock().inc(qword_ptr(SHARED_OFFSET))?;
+    a.inc(r14)?;
+    a.mov(mail(word::TICKS), r14)
+}
+
 /// Counts a tick, looks at the clock and at the requests.
 fn between_chunks(a: &mut CodeAssembler, places: &mut Places) -> Emitted {
-    a.inc(r14)?;
-    a.mov(mail(word::TICKS), r14)?;
+    tick(a)?;
     a.call(places.moment)?;
     a.call(places.serve)?;
     a.cmp(mail(word::PARK_REQUEST), 0)?;
@@ -365,6 +371,7 @@ fn serve(a: &mut CodeAssembler, places: &mut Places) -> Emitted {
     let mut gap_done = a.create_label();
     let mut probe_asked = a.create_label();
     a.set_label(&mut places.serve)?;
+    let asked = outside::look(a)?;
     a.mov(rax, mail(word::GAP_REQUEST))?;
     a.cmp(rax, mail(word::GAP_ANSWER))?;
     a.jne(gap)?;
@@ -381,7 +388,8 @@ fn serve(a: &mut CodeAssembler, places: &mut Places) -> Emitted {
     a.jmp(gap_done)?;
 
     a.set_label(&mut probe_asked)?;
-    probe(a, places.moment)
+    probe(a, places.moment)?;
+    outside::answer(a, asked, places.moment)
 }
 
 /// Answers the probe request in rax, and returns to the caller of [`serve`].
@@ -418,8 +426,7 @@ fn probe(a: &mut CodeAssembler, moment: CodeLabel) -> Emitted {
     let page = here(a)?;
     a.mov(rax, qword_ptr(rdi))?;
     a.inc(rbx)?;
-    a.inc(r14)?;
-    a.mov(mail(word::TICKS), r14)?;
+    tick(a)?;
     a.call(moment)?;
     a.add(rdi, PAGE_BYTES_I32)?;
     a.test(rdi, HUGE_PAGE_MASK)?;
