@@ -13,6 +13,7 @@ use holder::HolderError;
 use holder::Lease;
 use machine::FdName;
 use machine::Machine;
+use machine::SealError;
 use machine::UnsealError;
 use machine::update::Departure;
 use machine::update::DepartureError;
@@ -90,6 +91,9 @@ pub enum Fatal {
         #[source]
         source: UnsealError,
     },
+    /// This process ran the guest, and the ownership word says otherwise: it must not run here.
+    #[error("the machine is not this process's any more")]
+    NotOurs(#[source] SealError),
 }
 
 /// Gives the machine to `program`, which this process executes. Returns only if that fails: the guest then runs on here.
@@ -168,6 +172,9 @@ fn handoff<G: Guest>(departure: &Departure<'_, G>, luggage: &Luggage, offer: &Of
 }
 
 fn go_back<G: Guest>(mut departure: Departure<'_, G>, reason: Reason) -> Result<RolledBack, Fatal> {
+    if let Reason::Departure(DepartureError::Seal(source @ SealError::Ownership(_))) = reason {
+        return Err(Fatal::NotOurs(source));
+    }
     if let Err(source) = departure.unseal() {
         return Err(Fatal::Ownership { reason: Box::new(reason), source });
     }
