@@ -34,7 +34,16 @@ impl Tally {
     /// counted one that it has not noted yet.
     #[must_use]
     pub fn agrees(&self) -> bool {
-        self.shared.wrapping_sub(self.ticks) <= u64::from(self.vcpus)
+        self.miscounted() == 0
+    }
+
+    /// How many ticks were lost or counted twice, at least, in a guest that stands still.
+    #[must_use]
+    pub fn miscounted(&self) -> u64 {
+        match self.shared.checked_sub(self.ticks) {
+            Some(ahead) => ahead.saturating_sub(self.vcpus.into()),
+            None => self.ticks - self.shared,
+        }
     }
 }
 

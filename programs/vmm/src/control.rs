@@ -85,6 +85,9 @@ pub struct MachineSpec {
     pub prefault: bool,
     /// The guest.
     pub guest: GuestKind,
+    /// How many vCPUs the guest has.
+    #[serde(default = "one")]
+    pub vcpus: u32,
     /// Where it is controlled, in a private directory. Without, the machine ends when nobody is connected any more.
     pub socket: Option<PathBuf>,
     /// When the guest switches itself off.
@@ -98,8 +101,12 @@ pub struct MachineSpec {
     pub confine: Confine,
 }
 
+const fn one() -> u32 {
+    1
+}
+
 impl MachineSpec {
-    /// A machine of `memory_bytes` bytes without a control socket, as small as that can be said.
+    /// A machine of one vCPU and `memory_bytes` bytes without a control socket, as small as that can be said.
     pub fn new(name: &str, memory_bytes: u64, guest: GuestKind) -> Self {
         Self {
             name: name.to_owned(),
@@ -109,6 +116,7 @@ impl MachineSpec {
             numa: None,
             prefault: true,
             guest,
+            vcpus: 1,
             socket: None,
             on_power_off: Then::Stop,
             on_reset: Then::Restart,
@@ -208,6 +216,8 @@ pub struct Status {
     pub identity: String,
     /// The guest.
     pub guest: GuestKind,
+    /// How many vCPUs it has.
+    pub vcpus: u64,
     /// Its memory, in bytes.
     pub memory_bytes: u64,
     /// What its memory comes from.
@@ -218,7 +228,7 @@ pub struct Status {
     pub huge_bytes: u64,
     /// Why there are not more, as the kernel's error number, if it is known.
     pub huge_refused: Option<i32>,
-    /// What it has counted.
+    /// What all of its vCPUs have counted together.
     pub ticks: u64,
     /// Full passes over its memory.
     pub passes: u64,
@@ -251,15 +261,16 @@ pub struct UpdateReport {
     pub outcome: UpdateOutcome,
     /// Why it was rolled back; of an update, why the successor did not tell how it went.
     pub reason: Option<String>,
-    /// From the last guest instruction before to the first after, by the host's clock, in microseconds.
+    /// From the last instruction of the first vCPU that stopped to the first of the last that was entered, by the
+    /// host's clock, in microseconds.
     pub pause_us: Option<f64>,
-    /// The longest gap that the guest saw, by its own clock, in microseconds.
+    /// The longest gap that a vCPU saw, by its own clock, in microseconds.
     pub guest_pause_us: Option<f64>,
     /// How long the way to each step took, in microseconds.
     pub phases_us: BTreeMap<String, f64>,
     /// What the guest had counted when it was stopped.
     pub ticks_before: u64,
-    /// What it had counted a moment after it ran again.
+    /// What it had counted when all of its vCPUs had counted on; `None` if one did not.
     pub ticks_after: Option<u64>,
     /// What the guest's first touches after the update cost, if it was asked for.
     pub probe: Option<ProbeReport>,
@@ -290,6 +301,8 @@ pub struct CheckReport {
     pub guest_errors: u64,
     /// Times that the guest found registers lost.
     pub registers_lost: u64,
+    /// Ticks that a vCPU has lost, or counted twice.
+    pub ticks_miscounted: u64,
     /// Full passes that the guest made over its memory since the check was asked for.
     pub guest_passes: u64,
     /// What was wrong, if something was.

@@ -12,6 +12,7 @@ use machine::MemorySpec;
 use machine::MemoryStore;
 use machine::SessionName;
 use machine::Spec;
+use pulse::MAX_VCPUS;
 use region::PageSize;
 use region::Policy;
 
@@ -64,6 +65,9 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
 }
 
 fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<(Machine, Box<dyn Served>)> {
+    if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
+        bail!("the guest takes 1 to {MAX_VCPUS} vCPUs, not {}", spec.vcpus);
+    }
     if !spec.memory_bytes.is_multiple_of(PageSize::Huge.bytes()) {
         bail!("the guest needs whole 2 MiB of memory, not {} bytes", spec.memory_bytes);
     }
@@ -74,7 +78,7 @@ fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<(Machine, Box<d
     // The VM first: memory may be its own.
     let vm = new_vm(spec.guest)?;
     let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, &mut progress)?;
-    let mut guest = boot(&machine, vm)?;
+    let mut guest = boot(&machine, vm, spec.vcpus)?;
     guest.start()?;
     Ok((machine, guest))
 }
@@ -88,8 +92,8 @@ fn new_vm(guest: GuestKind) -> anyhow::Result<Option<NewVm>> {
 
 fn spec_of_machine(spec: &MachineSpec, vm: Option<&NewVm>) -> anyhow::Result<Spec> {
     let states = match spec.guest {
-        GuestKind::Kvm => kvm_guest::states(1),
-        GuestKind::Thread => thread_guest::STATES.to_vec(),
+        GuestKind::Kvm => kvm_guest::states(spec.vcpus),
+        GuestKind::Thread => thread_guest::states(spec.vcpus),
     };
     let memory = MemorySpec {
         name: MemoryName::literal("ram"),
@@ -107,7 +111,7 @@ fn spec_of_machine(spec: &MachineSpec, vm: Option<&NewVm>) -> anyhow::Result<Spe
         policy: spec.numa.as_deref().map_or(Ok(Policy::Default), policy)?,
     };
     let name = SessionName::new(spec.name.as_bytes()).context("the machine's name")?;
-    Ok(Spec { name, vcpus: 1, memories: vec![memory], states })
+    Ok(Spec { name, vcpus: spec.vcpus.into(), memories: vec![memory], states })
 }
 
 fn page_size(spec: &MachineSpec) -> PageSize {
@@ -132,12 +136,12 @@ fn policy(text: &str) -> anyhow::Result<Policy> {
 }
 
 /// A guest that starts from the beginning, in memory that is zero.
-fn boot(machine: &Machine, vm: Option<NewVm>) -> anyhow::Result<Box<dyn Served>> {
+fn boot(machine: &Machine, vm: Option<NewVm>, vcpus: u32) -> anyhow::Result<Box<dyn Served>> {
     let memory = &machine.memories()[0].inode;
     let health = Health::well()?;
     Ok(match vm {
-        Some(vm) => Box::new(KvmGuest::first(vm, memory, machine.identity(), health)?),
-        None => Box::new(ThreadGuest::first(memory, health)?),
+        Some(vm) => Box::new(KvmGuest::first(vm, memory, machine.identity(), vcpus, health)?),
+        None => Box::new(ThreadGuest::first(memory, vcpus, health)?),
     })
 }
 
@@ -152,5 +156,5 @@ pub(crate) fn boot_again(spec: &MachineSpec, machine: &Machine) -> anyhow::Resul
         memory.mapping().warm(page_size(spec), &mut |_, _| {})?;
     }
     let vm = new_vm(spec.guest)?;
-    boot(machine, vm)
+    boot(machine, vm, spec.vcpus)
 }

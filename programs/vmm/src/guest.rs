@@ -14,6 +14,8 @@ use machine::StateName;
 use machine::update::Guest;
 use pulse::MAILBOX_OFFSET;
 use pulse::Mailbox;
+use pulse::MailboxError;
+use pulse::Mailboxes;
 use pulse::SharedWords;
 use pulse::Words;
 use region::Mapping;
@@ -43,6 +45,14 @@ pub enum GuestError {
     /// It has no vCPU.
     #[error("a guest needs a vCPU")]
     NoVcpus,
+    /// It is another guest's memory.
+    #[error("the machine has {machine} vCPUs, and the guest in its memory {memory}")]
+    OtherVcpus {
+        /// Of the machine.
+        machine: u32,
+        /// As the memory tells.
+        memory: u32,
+    },
     /// It ended by itself.
     #[error("{0}")]
     Failed(String),
@@ -89,15 +99,19 @@ impl SharedWords for MemoryWords {
 }
 
 impl MemoryWords {
+    /// The first vCPU's, unchecked.
     pub(crate) fn mailbox(&self) -> Mailbox<'_, Self> {
         Mailbox::new(self, MAILBOX_OFFSET)
     }
 
-    /// The longest pause that the guest has recorded from number `first` on, in nanoseconds by its own clock.
-    pub(crate) fn longest_pause_ns(&self, first: u64) -> Option<u64> {
-        let mailbox = self.mailbox();
-        let longest = mailbox.pauses_from(first).into_iter().map(|(_, pause)| pause.cycles).max()?;
-        mailbox.nanoseconds(longest)
+    /// All vCPUs'.
+    pub(crate) fn mailboxes(&self) -> Result<Mailboxes<'_, Self>, MailboxError> {
+        Mailboxes::find(self, self.0.len_bytes())
+    }
+
+    /// The ticks of all vCPUs together; none of a memory that tells of no guest.
+    pub(crate) fn ticks(&self) -> u64 {
+        self.mailboxes().map_or(0, |mailboxes| mailboxes.ticks())
     }
 }
 
@@ -197,7 +211,8 @@ pub trait Served: Guest<Error = GuestError> + Send {
     /// What a successor needs to know of it before the pause.
     fn before_pause(&self) -> serde_json::Value;
 
-    /// When it was last about to execute its first instruction, on the host's monotonic clock, in nanoseconds.
+    /// When the last of its vCPUs was last about to execute its first instruction, on the host's monotonic clock, in
+    /// nanoseconds.
     fn entered_ns(&self) -> Option<u64>;
 
     /// Whether it has ended by itself.

@@ -183,7 +183,8 @@ impl Parts {
 }
 
 impl KvmGuest {
-    /// A guest that starts from the beginning, in this VM and this memory of this machine, which is zero.
+    /// A guest with so many vCPUs that starts from the beginning, in this VM and this memory of this machine, which is
+    /// zero.
     ///
     /// # Errors
     /// [`GuestError`]
@@ -191,17 +192,19 @@ impl KvmGuest {
         new: NewVm,
         memory: &Arc<Inode>,
         identity: Identity,
+        vcpus: u32,
         health: Health,
     ) -> Result<Self, GuestError> {
-        let parts = Parts::make(new, memory, identity, 1)?;
+        let parts = Parts::make(new, memory, identity, vcpus)?;
         let cpuid = Cpuid::supported(&parts.kvm).map_err(below("ask for CPUID"))?;
         let vectors = Vectors::widest(cpuid.entries());
-        let vcpu = &parts.vcpus[0];
-        cpuid.load(vcpu).map_err(below("set CPUID"))?;
-        let fd = vcpu.fd();
-        let cycles_per_ms = fd.get_tsc_khz().unwrap_or_default().into();
+        for vcpu in &parts.vcpus {
+            cpuid.load(vcpu).map_err(below("set CPUID"))?;
+        }
+        let first = parts.vcpus.first().ok_or(GuestError::NoVcpus)?;
+        let cycles_per_ms = first.fd().get_tsc_khz().unwrap_or_default().into();
         let pause_threshold_cycles = guest::pause_threshold(cycles_per_ms);
-        let options = Options { vectors, pause_threshold_cycles, ..Options::new(cycles_per_ms) };
+        let options = Options { vcpus, vectors, pause_threshold_cycles, ..Options::new(cycles_per_ms) };
         let image = Image::new(memory.size_bytes(), &options).map_err(below("lay the guest out"))?;
         for (offset, bytes) in image.pieces() {
             memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
@@ -275,7 +278,7 @@ impl Guest for KvmGuest {
     }
 
     fn stopped_ns(&self) -> Option<u64> {
-        self.vcpus.iter().filter_map(VcpuThread::stopped_ns).max()
+        self.vcpus.iter().filter_map(VcpuThread::stopped_ns).min()
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
@@ -324,7 +327,8 @@ impl Served for KvmGuest {
     }
 
     fn entered_ns(&self) -> Option<u64> {
-        self.vcpus.iter().filter_map(VcpuThread::entered_ns).min()
+        // Not known as long as one of them was not entered.
+        self.vcpus.iter().map(VcpuThread::entered_ns).collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     fn health(&self) -> &Health {
@@ -342,24 +346,25 @@ mod tests {
 
     use super::*;
 
-    fn guest() -> (Machine, KvmGuest) {
+    fn guest(vcpus: u32) -> (Machine, KvmGuest) {
         let spec = Spec {
             name: SessionName::literal("orders"),
-            vcpus: 1,
+            vcpus: vcpus.into(),
             memories: vec![MemorySpec::new(MemoryName::literal("ram"), 8 << 20)],
-            states: states(1),
+            states: states(vcpus),
         };
         let machine = Machine::create(&spec, &mut |_, _| {}).unwrap();
         let memory = &machine.memories()[0].inode;
         let health = Health::well().unwrap();
-        let guest = KvmGuest::first(NewVm::make().unwrap(), memory, machine.identity(), health).unwrap();
+        let guest =
+            KvmGuest::first(NewVm::make().unwrap(), memory, machine.identity(), vcpus, health).unwrap();
         (machine, guest)
     }
 
     #[test]
     fn orders_that_a_late_stop_left_behind_disturb_no_later_one() {
         harness::need!(kvm);
-        let (_machine, mut guest) = guest();
+        let (_machine, mut guest) = guest(2);
         guest.start().unwrap();
         // As after a stop that was called off because it took too long: told to run while it runs.
         guest.start().unwrap();
@@ -367,7 +372,7 @@ mod tests {
             guest.pause().unwrap_or_else(|error| panic!("{round}: {error}"));
             let stopped = guest.stopped_ns();
             for _ in 0..2 {
-                assert_eq!(guest.save().unwrap().len(), 2);
+                assert_eq!(guest.save().unwrap().len(), 3);
             }
             assert_eq!(guest.stopped_ns(), stopped, "{round}: it ran after it was stopped");
             guest.resume().unwrap();
@@ -376,16 +381,31 @@ mod tests {
     }
 
     #[test]
+    fn a_pause_is_from_the_first_stop_to_the_last_entry() {
+        harness::need!(kvm);
+        let (_machine, mut guest) = guest(3);
+        assert_eq!((guest.stopped_ns(), guest.entered_ns()), (None, None));
+        guest.start().unwrap();
+        while guest.entered_ns().is_none() {
+            thread::yield_now();
+        }
+        guest.pause().unwrap();
+        let (stopped, entered) = (guest.stopped_ns(), guest.entered_ns());
+        assert!(guest.vcpus.iter().all(|vcpu| vcpu.stopped_ns() >= stopped));
+        assert!(guest.vcpus.iter().all(|vcpu| vcpu.entered_ns() <= entered));
+    }
+
+    #[test]
     fn a_state_that_cannot_be_read_leaves_the_guest_to_be_loaded_again() {
         harness::need!(kvm);
-        let (machine, mut first) = guest();
+        let (machine, mut first) = guest(2);
         first.start().unwrap();
         first.pause().unwrap();
         let good: BTreeMap<StateName, Vec<u8>> = first.save().unwrap().into_iter().collect();
         let told = first.before_pause();
         let memory = &machine.memories()[0].inode;
         let health = Health::well().unwrap();
-        let mut second = KvmGuest::prepare(memory, machine.identity(), 1, &told, health).unwrap();
+        let mut second = KvmGuest::prepare(memory, machine.identity(), 2, &told, health).unwrap();
         let bad = good.keys().map(|name| (*name, vec![1; 64])).collect();
         assert!(second.load(&bad).is_err());
         drop(first);

@@ -5,7 +5,7 @@
 //! which goes from VMM to VMM with the machine, so that whoever holds its other end ([`control::Client`])
 //! need not notice an update.
 //!
-//! The guest is a [`KvmGuest`], a VM with one vCPU, or a [`ThreadGuest`], the same work as a thread where
+//! The guest is a [`KvmGuest`], a VM, or a [`ThreadGuest`], the same work with a thread for each vCPU where
 //! there is no KVM. Both are [`Served`], and the machine, the carrier and the control channel know no more
 //! of them.
 #![forbid(unsafe_code)]
@@ -31,6 +31,7 @@ pub use guest::Health;
 pub use guest::Served;
 pub use kvm_guest::KvmGuest;
 pub use kvm_guest::NewVm;
+pub use pulse::MAX_VCPUS;
 pub use serve::serve;
 pub use successor::Start;
 pub use successor::succeed;

@@ -9,7 +9,9 @@ use machine::update::Guest;
 use machine::update::Step;
 use machine::update::Timeline;
 use pulse::HUGE_PAGE_BYTES;
+use pulse::Mailboxes;
 use pulse::PAGE_BYTES;
+use pulse::Tally;
 use pulse::check;
 use serde::Deserialize;
 use serde::Serialize;
@@ -63,25 +65,41 @@ fn wait_for<T>(limit: Duration, mut done: impl FnMut() -> Option<T>) -> Option<T
     }
 }
 
-/// After an update: has the guest counted on, and how long a gap did it see? When it was entered is asked once it
-/// counts: its thread may not have got to it before. Of a guest that is held there is nothing to see.
+/// After an update: have all vCPUs counted on, and how long a gap did the worst of them see? When they were entered is
+/// asked once they count: their threads may not have got to it before. Of a guest that is held there is nothing to see.
 pub(crate) fn after_update(words: &MemoryWords, before: Before, runs: Option<&dyn Served>) -> Told {
-    let Before { ticks: ticks_before, pauses, probe } = before;
+    let Before { ticks, pauses, probe } = before;
+    let ticks_before = ticks.iter().sum();
     let Some(guest) = runs else { return Told { ticks_before, held: true, ..Told::default() } };
-    let mailbox = words.mailbox();
+    let Ok(mailboxes) = words.mailboxes() else { return Told { ticks_before, ..Told::default() } };
     // Two ticks: after the first one it has compared the gap, after the second one it is written.
-    let ticks = wait_for(FIRST_TICK, || Some(mailbox.ticks()).filter(|ticks| *ticks > ticks_before + 1));
-    let pause = words.longest_pause_ns(pauses);
+    let ticks_after = wait_for(FIRST_TICK, || {
+        let now = mailboxes.ticks_of_each();
+        let all_count_on =
+            now.len() == ticks.len() && now.iter().zip(&ticks).all(|(now, then)| *now > then + 1);
+        all_count_on.then(|| now.iter().sum())
+    });
+    let guest_pause_us = longest_pause_ns(&mailboxes, &pauses).map(micros);
     let probe = probe.and_then(|request| probed(words, request));
-    let (entered_ns, guest_pause_us) = (guest.entered_ns(), pause.map(micros));
-    Told { ticks_before, entered_ns, ticks_after: ticks, guest_pause_us, probe, held: false }
+    Told { ticks_before, entered_ns: guest.entered_ns(), ticks_after, guest_pause_us, probe, held: false }
+}
+
+/// The longest pause that a vCPU has recorded from its number in `first` on, in nanoseconds by its own clock.
+fn longest_pause_ns(mailboxes: &Mailboxes<'_, MemoryWords>, first: &[u64]) -> Option<u64> {
+    let of_each = mailboxes.iter().zip(first).filter_map(|(mailbox, first)| {
+        let longest = mailbox.pauses_from(*first).into_iter().map(|(_, pause)| pause.cycles).max()?;
+        mailbox.nanoseconds(longest)
+    });
+    of_each.max()
 }
 
 /// Where the guest stands when it is taken over, and does not run yet.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Before {
-    ticks: u64,
-    pauses: u64,
+    /// Of each vCPU.
+    ticks: Vec<u64>,
+    /// Of each vCPU.
+    pauses: Vec<u64>,
     /// The first probe, which the guest does before anything else.
     probe: Option<u64>,
 }
@@ -89,8 +107,10 @@ pub(crate) struct Before {
 impl Before {
     /// Looks at a guest that stands still.
     pub(crate) fn look(words: &MemoryWords, probe: bool) -> Self {
-        let mailbox = words.mailbox();
-        Self { ticks: mailbox.ticks(), pauses: mailbox.pauses(), probe: probe.then(|| ask_probe(words)) }
+        let mailboxes = words.mailboxes();
+        let pauses = mailboxes.iter().flat_map(Mailboxes::iter).map(|mailbox| mailbox.pauses()).collect();
+        let ticks = mailboxes.map_or_else(|_| Vec::new(), |mailboxes| mailboxes.ticks_of_each());
+        Self { ticks, pauses, probe: probe.then(|| ask_probe(words)) }
     }
 }
 
@@ -183,16 +203,12 @@ pub(crate) fn check(
     words: &MemoryWords,
     progress: &mut dyn FnMut(&str, u64, u64),
 ) -> anyhow::Result<CheckReport> {
-    let mailbox = words.mailbox();
-    let layout = mailbox.layout()?;
-    let first = mailbox.progress(&layout).pass;
-    // A pass that began after the question: the one under way does not count.
-    let wanted = first + 2;
-    let pages = layout.work_pages().end - layout.work_pages().start;
+    let mailboxes = words.mailboxes()?;
+    let first = passes_of_each(&mailboxes);
     let mut last_told = monotonic_ns();
     loop {
-        let now = mailbox.progress(&layout);
-        if now.pass >= wanted {
+        let (done, of) = walked(&mailboxes, &first);
+        if done == of {
             break;
         }
         if let Some(why) = guest.failure() {
@@ -200,8 +216,7 @@ pub(crate) fn check(
         }
         if monotonic_ns() - last_told > 100_000_000 {
             last_told = monotonic_ns();
-            let done = (now.pass - first) * pages + (now.cursor - layout.work_pages().start);
-            progress("guest checks its memory", done.min(2 * pages), 2 * pages);
+            progress("guest checks its memory", done, of);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -216,30 +231,57 @@ pub(crate) fn check(
     guest.resume()?;
     saved?;
     let (mut check, first_bad) = checked?;
-    check.guest_passes = mailbox.progress(&layout).pass - first;
+    let passes = passes_of_each(&mailboxes).into_iter().zip(first).map(|(now, first)| now - first);
+    check.guest_passes = passes.min().unwrap_or_default();
     check.first_bad = first_bad;
     Ok(check)
 }
 
+/// Passes that each vCPU has done over its share of the memory.
+fn passes_of_each(mailboxes: &Mailboxes<'_, MemoryWords>) -> Vec<u64> {
+    let each = mailboxes.iter().zip(mailboxes.layouts());
+    each.map(|(mailbox, layout)| mailbox.progress(layout).pass).collect()
+}
+
+/// Pages that all vCPUs have walked in the two passes that follow the `first` ones, and how many those have. Two: the
+/// pass under way does not count, as it began before the question.
+fn walked(mailboxes: &Mailboxes<'_, MemoryWords>, first: &[u64]) -> (u64, u64) {
+    let each = mailboxes.iter().zip(mailboxes.layouts()).zip(first);
+    let each = each.map(|((mailbox, layout), first)| {
+        let work = layout.work_pages();
+        let (pages, now) = (work.end - work.start, mailbox.progress(layout));
+        let done = now.pass.saturating_sub(*first) * pages + (now.cursor - work.start);
+        (done.min(2 * pages), 2 * pages)
+    });
+    each.fold((0, 0), |(done, of), (more, of_more)| (done + more, of + of_more))
+}
+
 /// Compares every word of a stopped guest's memory with what it should be.
 fn compare(words: &MemoryWords) -> anyhow::Result<(CheckReport, Option<String>)> {
-    let mailbox = words.mailbox();
-    let layout = mailbox.layout()?;
+    let mailboxes = words.mailboxes()?;
     let read = |offset: u64, into: &mut [u8]| words.0.read(offset, into);
-    let work = check::work_area(&layout, mailbox.progress(&layout), read)?;
-    let fixed = check::fixed_pages(&mailbox.fixed_sums(), read)?;
+    let work = mailboxes.check_work(read)?;
+    let fixed = check::fixed_pages(&mailboxes.first().fixed_sums(), read)?;
+    let tally = mailboxes.tally();
     let first_bad = work
         .first_bad
         .map(|bad| format!("{bad:?}"))
         .or_else(|| {
             fixed.changed.first().map(|offset| format!("the guest's own page at {offset:#x} has changed"))
         })
-        .or_else(|| mailbox.first_bad().map(|bad| format!("found by the guest: {bad:?}")));
+        .or_else(|| mailboxes.first_bad().map(|bad| format!("found by the guest: {bad:?}")))
+        .or_else(|| {
+            let Tally { ticks, shared, .. } = tally;
+            let say =
+                || format!("the vCPUs have counted {ticks} ticks, and {shared} in the word that they share");
+            (!tally.agrees()).then(say)
+        });
     let report = CheckReport {
         pages_checked: work.pages_checked + fixed.pages_checked,
         pages_lost: work.pages_lost + u64::try_from(fixed.changed.len()).unwrap_or(u64::MAX),
-        guest_errors: mailbox.errors(),
-        registers_lost: mailbox.registers_lost(),
+        guest_errors: mailboxes.errors(),
+        registers_lost: mailboxes.registers_lost(),
+        ticks_miscounted: tally.miscounted(),
         guest_passes: 0,
         first_bad: None,
     };

@@ -10,6 +10,7 @@ use fdpass::Channel;
 use fdpass::monotonic_ns;
 use machine::Machine;
 use machine::update::Guest as _;
+use pulse::Mailboxes;
 use serde::Deserialize;
 use serde::Serialize;
 use tracing::debug;
@@ -233,8 +234,8 @@ impl Vmm {
 
     fn status(&self) -> Status {
         let memory = &self.machine.memories()[0];
-        let mailbox = self.words.mailbox();
-        let passes = mailbox.layout().map_or(0, |layout| mailbox.progress(&layout).pass);
+        let mailboxes = self.words.mailboxes().ok();
+        let mailboxes = mailboxes.as_ref();
         let failure = self.guest.failure();
         Status {
             name: self.spec.name.clone(),
@@ -248,14 +249,15 @@ impl Vmm {
             age_ms: monotonic_ns().saturating_sub(self.history.made_ns) / 1_000_000,
             identity: self.machine.identity().to_string(),
             guest: self.guest.guest.kind(),
+            vcpus: self.machine.vcpus(),
             memory_bytes: memory.inode.size_bytes(),
             store: self.spec.store,
             page_size: memory.page_bytes,
             huge_bytes: memory.inode.mapping().huge_bytes().unwrap_or_default(),
             huge_refused: memory.account.and_then(|account| account.refused),
-            ticks: mailbox.ticks(),
-            passes,
-            errors: mailbox.errors(),
+            ticks: mailboxes.map_or(0, Mailboxes::ticks),
+            passes: mailboxes.map_or(0, Mailboxes::passes),
+            errors: mailboxes.map_or(0, Mailboxes::errors),
             failure,
             confined: self.confined,
         }

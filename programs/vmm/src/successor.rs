@@ -113,7 +113,7 @@ impl Prepared {
                 let identity = incoming.identity();
                 Box::new(KvmGuest::prepare(memory, identity, vcpus, &told.before_pause, health)?)
             }
-            GuestKind::Thread => Box::new(ThreadGuest::prepare(memory, health)?),
+            GuestKind::Thread => Box::new(ThreadGuest::prepare(memory, vcpus, health)?),
         };
         Ok(Self { told, clients, guest })
     }

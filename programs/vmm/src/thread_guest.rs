@@ -1,4 +1,4 @@
-//! pulse as a thread of the VMM, where there is no KVM.
+//! pulse as threads of the VMM, one for each vCPU, where there is no KVM.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,7 +18,11 @@ use machine::update::Guest;
 use pulse::Image;
 use pulse::Layout;
 use pulse::Options;
+use pulse::Outside;
 use pulse::Walk;
+use pulse::ports::KEYBOARD_PORT;
+use pulse::ports::POWER_PORT;
+use pulse::ports::RESET_PORT;
 use region::PageSize;
 
 use crate::control::GuestKind;
@@ -33,15 +37,24 @@ use crate::guest::below;
 
 /// Formats of its states.
 pub(crate) const FORMATS: [&str; 1] = ["tideover-pulse-walk-v1"];
-/// Names of its states.
-pub(crate) const STATES: [StateName; 1] = [WALK_STATE];
-const WALK_STATE: StateName = StateName::literal("walk");
+const FIRST_WALK: StateName = StateName::literal("walk0");
 /// Its clock counts nanoseconds.
 const CYCLES_PER_MS: u64 = 1_000_000;
 /// Steps between two looks whether it is to stop.
 const STEPS: u32 = 16;
+/// Written to the reset port: reset the processor.
+const RESET_CPU: u8 = 1 << 2;
 
-/// What the guest is doing.
+/// Names of the states of a guest with so many vCPUs.
+pub(crate) fn states(vcpus: u32) -> Vec<StateName> {
+    (0..vcpus).map(walk_state).collect()
+}
+
+fn walk_state(vcpu: u32) -> StateName {
+    StateName::new(format!("walk{vcpu}").as_bytes()).unwrap_or(FIRST_WALK)
+}
+
+/// What a vCPU is doing.
 #[derive(Debug)]
 struct Shared {
     turn: Mutex<Turn>,
@@ -79,66 +92,76 @@ impl Shared {
     }
 }
 
-/// pulse as a thread.
+/// A vCPU that is a thread.
 #[derive(Debug)]
-pub struct ThreadGuest {
+struct WalkThread {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    memory: Arc<Inode>,
     layout: Layout,
-    health: Health,
 }
 
-impl ThreadGuest {
-    /// A guest that starts from the beginning, in this memory.
-    ///
-    /// # Errors
-    /// [`GuestError`]
-    pub fn first(memory: &Arc<Inode>, health: Health) -> Result<Self, GuestError> {
-        let pause_threshold_cycles = guest::pause_threshold(CYCLES_PER_MS);
-        let options = Options { pause_threshold_cycles, ..Options::new(CYCLES_PER_MS) };
-        let image = Image::new(memory.size_bytes(), &options);
-        let image = image.map_err(below("lay the guest out"))?;
-        for (offset, bytes) in image.pieces() {
-            memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
-        }
-        let [layout] = image.layouts() else { return Err(GuestError::NoVcpus) };
-        Self::spawn(memory, *layout, Some(Walk::new(layout, monotonic_ns())), health)
-    }
-
-    /// A guest that is to be loaded.
-    ///
-    /// # Errors
-    /// [`GuestError`]
-    pub fn prepare(memory: &Arc<Inode>, health: Health) -> Result<Self, GuestError> {
-        let layout = MemoryWords(Arc::clone(memory.mapping())).mailbox().layout();
-        Self::spawn(memory, layout.map_err(below("read the guest's layout"))?, None, health)
-    }
-
+impl WalkThread {
     fn spawn(
         memory: &Arc<Inode>,
         layout: Layout,
         still: Option<Walk>,
-        health: Health,
+        health: &Health,
     ) -> Result<Self, GuestError> {
         let words = MemoryWords(Arc::clone(memory.mapping()));
         let turn = Turn { wanted: Wanted::Still, still, stopped_ns: 0, entered_ns: 0 };
         let shared =
             Arc::new(Shared { turn: Mutex::new(turn), changed: Condvar::new(), stop: AtomicBool::new(true) });
         let theirs = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("guest".to_owned()).spawn({
+        let thread = thread::Builder::new().name(format!("vcpu{}", layout.vcpu())).spawn({
             let health = health.clone();
             move || {
-                let _fallen = Fallen(health);
-                live(&theirs, &words);
+                let _fallen = Fallen(health.clone());
+                live(&theirs, &words, &health);
             }
         });
-        let thread = Some(thread.map_err(below("start the guest's thread"))?);
-        Ok(Self { shared, thread, memory: Arc::clone(memory), layout, health })
+        let thread = Some(thread.map_err(below("start the vCPU's thread"))?);
+        Ok(Self { shared, thread, layout })
+    }
+
+    /// Waits until it stands still, as it was told to.
+    fn await_stop(&self) -> Result<(), GuestError> {
+        let turn = self.shared.turn();
+        let waited = self.shared.changed.wait_timeout_while(turn, STOP_TIMEOUT, |turn| turn.still.is_none());
+        let (turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if turn.still.is_some() { Ok(()) } else { Err(GuestError::TimedOut("stop")) }
+    }
+
+    fn save(&self) -> Result<Vec<u8>, GuestError> {
+        let turn = self.shared.turn();
+        let walk = turn.still.as_ref().ok_or(GuestError::TimedOut("stop"))?;
+        Ok(walk.encode().to_vec())
+    }
+
+    fn load(&self, bytes: &[u8]) -> Result<(), GuestError> {
+        let walk = Walk::decode(bytes, &self.layout).map_err(below("read the vCPU's state"))?;
+        self.shared.turn().still = Some(walk);
+        Ok(())
+    }
+
+    fn stopped_ns(&self) -> Option<u64> {
+        Some(self.shared.turn().stopped_ns).filter(|at| *at != 0)
+    }
+
+    fn entered_ns(&self) -> Option<u64> {
+        Some(self.shared.turn().entered_ns).filter(|at| *at != 0)
     }
 }
 
-/// Tells if the guest's thread falls over.
+impl Drop for WalkThread {
+    fn drop(&mut self) {
+        self.shared.want(Wanted::End);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Tells if a vCPU's thread falls over.
 struct Fallen(Health);
 
 impl Drop for Fallen {
@@ -149,8 +172,40 @@ impl Drop for Fallen {
     }
 }
 
-/// The guest's life: stands still, runs, stands still.
-fn live(shared: &Shared, words: &MemoryWords) {
+/// What a vCPU has outside of its memory: a clock, and the ports by which the guest ends.
+struct World<'a> {
+    health: &'a Health,
+    has_ended: bool,
+}
+
+impl World<'_> {
+    fn end(&mut self, end: End) {
+        self.health.end(end);
+        self.has_ended = true;
+    }
+}
+
+impl Outside for World<'_> {
+    fn now(&mut self) -> u64 {
+        monotonic_ns()
+    }
+
+    fn output(&mut self, port: u16, data: &[u8]) {
+        match (port, data) {
+            (POWER_PORT, _) => self.end(End::PowerOff),
+            (KEYBOARD_PORT, _) => self.end(End::Reset),
+            (RESET_PORT, [value]) if value & RESET_CPU != 0 => self.end(End::Reset),
+            _ => {}
+        }
+    }
+
+    fn crash(&mut self) {
+        self.end(End::Crashed("a triple fault".to_owned()));
+    }
+}
+
+/// A vCPU's life: stands still, runs, stands still.
+fn live(shared: &Shared, words: &MemoryWords, health: &Health) {
     loop {
         let mut turn = shared.turn();
         while turn.wanted == Wanted::Still || (turn.wanted == Wanted::Run && turn.still.is_none()) {
@@ -159,24 +214,76 @@ fn live(shared: &Shared, words: &MemoryWords) {
         let Some(mut walk) = turn.still.take().filter(|_| turn.wanted == Wanted::Run) else { return };
         turn.entered_ns = monotonic_ns();
         drop(turn);
-        while !shared.stop.load(Ordering::Acquire) {
+        let mut world = World { health, has_ended: false };
+        while !shared.stop.load(Ordering::Acquire) && !world.has_ended {
             for _ in 0..STEPS {
-                walk.step(words, &mut monotonic_ns);
+                walk.step(words, &mut world);
+                if world.has_ended {
+                    break;
+                }
             }
         }
         let mut turn = shared.turn();
+        if world.has_ended && turn.wanted == Wanted::Run {
+            turn.wanted = Wanted::Still;
+        }
         turn.stopped_ns = monotonic_ns();
         turn.still = Some(walk);
         shared.changed.notify_all();
     }
 }
 
-impl Drop for ThreadGuest {
-    fn drop(&mut self) {
-        self.shared.want(Wanted::End);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+/// pulse as threads.
+#[derive(Debug)]
+pub struct ThreadGuest {
+    vcpus: Vec<WalkThread>,
+    memory: Arc<Inode>,
+    health: Health,
+}
+
+impl ThreadGuest {
+    /// A guest with so many vCPUs that starts from the beginning, in this memory.
+    ///
+    /// # Errors
+    /// [`GuestError`]
+    pub fn first(memory: &Arc<Inode>, vcpus: u32, health: Health) -> Result<Self, GuestError> {
+        let pause_threshold_cycles = guest::pause_threshold(CYCLES_PER_MS);
+        let options = Options { vcpus, pause_threshold_cycles, ..Options::new(CYCLES_PER_MS) };
+        let image = Image::new(memory.size_bytes(), &options);
+        let image = image.map_err(below("lay the guest out"))?;
+        for (offset, bytes) in image.pieces() {
+            memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
         }
+        let now = monotonic_ns();
+        Self::spawn(memory, image.layouts(), |layout| Some(Walk::new(layout, now)), health)
+    }
+
+    /// A guest that is to be loaded, with so many vCPUs.
+    ///
+    /// # Errors
+    /// [`GuestError`]
+    pub fn prepare(memory: &Arc<Inode>, vcpus: u32, health: Health) -> Result<Self, GuestError> {
+        let words = MemoryWords(Arc::clone(memory.mapping()));
+        let mailboxes = words.mailboxes().map_err(below("read the guest's layout"))?;
+        if mailboxes.vcpus() != vcpus {
+            return Err(GuestError::OtherVcpus { machine: vcpus, memory: mailboxes.vcpus() });
+        }
+        Self::spawn(memory, mailboxes.layouts(), |_| None, health)
+    }
+
+    fn spawn(
+        memory: &Arc<Inode>,
+        layouts: &[Layout],
+        still: impl Fn(&Layout) -> Option<Walk>,
+        health: Health,
+    ) -> Result<Self, GuestError> {
+        let vcpus = layouts.iter().map(|layout| WalkThread::spawn(memory, *layout, still(layout), &health));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        Ok(Self { vcpus, memory: Arc::clone(memory), health })
+    }
+
+    fn want(&self, wanted: Wanted) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.shared.want(wanted));
     }
 }
 
@@ -184,25 +291,25 @@ impl Guest for ThreadGuest {
     type Error = GuestError;
 
     fn pause(&mut self) -> Result<(), GuestError> {
-        self.shared.want(Wanted::Still);
-        let turn = self.shared.turn();
-        let waited = self.shared.changed.wait_timeout_while(turn, STOP_TIMEOUT, |turn| turn.still.is_none());
-        let (turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if turn.still.is_some() { Ok(()) } else { Err(GuestError::TimedOut("stop")) }
+        self.want(Wanted::Still);
+        self.vcpus.iter().try_for_each(WalkThread::await_stop)
     }
 
     fn save(&mut self) -> Result<Vec<(StateName, Vec<u8>)>, GuestError> {
-        let turn = self.shared.turn();
-        let walk = turn.still.as_ref().ok_or(GuestError::TimedOut("stop"))?;
-        Ok(vec![(WALK_STATE, walk.encode().to_vec())])
+        if let Some(why) = self.health.ended() {
+            return Err(GuestError::Failed(why.to_string()));
+        }
+        let states = self.vcpus.iter().zip(0..).map(|(vcpu, index)| Ok((walk_state(index), vcpu.save()?)));
+        states.collect()
     }
 
     fn stopped_ns(&self) -> Option<u64> {
-        Some(self.shared.turn().stopped_ns).filter(|at| *at != 0)
+        self.vcpus.iter().filter_map(WalkThread::stopped_ns).min()
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.start()
+        // One that has ended stands still for good, and is not lost by that.
+        if self.health.ended().is_some() { Ok(()) } else { self.start() }
     }
 }
 
@@ -212,14 +319,14 @@ impl Served for ThreadGuest {
     }
 
     fn load(&mut self, states: &BTreeMap<StateName, Vec<u8>>) -> Result<(), GuestError> {
-        let bytes = states.get(&WALK_STATE).ok_or(GuestError::NoState(WALK_STATE))?;
-        let walk = Walk::decode(bytes, &self.layout).map_err(below("read the guest's state"))?;
-        self.shared.turn().still = Some(walk);
-        Ok(())
+        self.vcpus.iter().zip(0..).try_for_each(|(vcpu, index)| {
+            let name = walk_state(index);
+            vcpu.load(states.get(&name).ok_or(GuestError::NoState(name))?)
+        })
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
-        self.shared.want(Wanted::Run);
+        self.want(Wanted::Run);
         Ok(())
     }
 
@@ -238,10 +345,113 @@ impl Served for ThreadGuest {
     }
 
     fn entered_ns(&self) -> Option<u64> {
-        Some(self.shared.turn().entered_ns).filter(|at| *at != 0)
+        // Not known as long as one of them was not entered.
+        self.vcpus.iter().map(WalkThread::entered_ns).collect::<Option<Vec<_>>>()?.into_iter().max()
     }
 
     fn health(&self) -> &Health {
         &self.health
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+    use std::time::Instant;
+
+    use machine::Machine;
+    use machine::MemoryName;
+    use machine::MemorySpec;
+    use machine::SessionName;
+    use machine::Spec;
+    use pulse::Command;
+
+    use super::*;
+
+    fn machine(vcpus: u32) -> Machine {
+        let spec = Spec {
+            name: SessionName::literal("threads"),
+            vcpus: vcpus.into(),
+            memories: vec![MemorySpec::new(MemoryName::literal("ram"), 8 << 20)],
+            states: states(vcpus),
+        };
+        Machine::create(&spec, &mut |_, _| {}).unwrap()
+    }
+
+    fn guest(machine: &Machine, vcpus: u32) -> ThreadGuest {
+        ThreadGuest::first(&machine.memories()[0].inode, vcpus, Health::well().unwrap()).unwrap()
+    }
+
+    fn words(machine: &Machine) -> MemoryWords {
+        MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()))
+    }
+
+    #[test]
+    fn each_command_ends_the_guest_as_it_says_whichever_vcpu_gets_it() {
+        let ends = [
+            (Command::PowerOff, End::PowerOff),
+            (Command::Reset, End::Reset),
+            (Command::ResetByChipset, End::Reset),
+            (Command::Crash, End::Crashed("a triple fault".to_owned())),
+        ];
+        for (command, end) in ends {
+            for vcpu in 0..2 {
+                let machine = machine(2);
+                let (mut guest, words) = (guest(&machine, 2), words(&machine));
+                guest.start().unwrap();
+                words.mailboxes().unwrap().get(vcpu).unwrap().command(command);
+                let begun = Instant::now();
+                while guest.health().ended().is_none() {
+                    assert!(begun.elapsed() < Duration::from_secs(60), "{command:?}");
+                    thread::sleep(Duration::from_millis(1));
+                }
+                assert_eq!(guest.health().ended().as_ref(), Some(&end));
+                guest.pause().unwrap();
+                assert!(guest.save().is_err(), "one that has ended goes nowhere");
+                let ticks = words.ticks();
+                guest.resume().unwrap();
+                thread::sleep(Duration::from_millis(10));
+                assert_eq!(words.ticks(), ticks, "it stands still for good");
+            }
+        }
+    }
+
+    #[test]
+    fn a_vcpu_is_not_loaded_with_the_state_of_another() {
+        let machine = machine(2);
+        let mut first = guest(&machine, 2);
+        first.start().unwrap();
+        first.pause().unwrap();
+        let good: BTreeMap<_, _> = first.save().unwrap().into_iter().collect();
+        let swapped = good.keys().copied().zip(good.values().rev().cloned()).collect();
+        let memory = &machine.memories()[0].inode;
+        let mut second = ThreadGuest::prepare(memory, 2, Health::well().unwrap()).unwrap();
+        assert!(second.load(&swapped).is_err());
+        second.load(&good).unwrap();
+    }
+
+    #[test]
+    fn a_memory_of_another_number_of_vcpus_is_refused_by_both_numbers() {
+        let machine = machine(2);
+        drop(guest(&machine, 2));
+        let memory = &machine.memories()[0].inode;
+        let refused = ThreadGuest::prepare(memory, 3, Health::well().unwrap()).unwrap_err();
+        assert!(matches!(refused, GuestError::OtherVcpus { machine: 3, memory: 2 }), "{refused}");
+    }
+
+    #[test]
+    fn a_pause_is_from_the_first_stop_to_the_last_entry() {
+        let machine = machine(3);
+        let mut guest = guest(&machine, 3);
+        assert_eq!((guest.stopped_ns(), guest.entered_ns()), (None, None));
+        guest.start().unwrap();
+        while guest.entered_ns().is_none() {
+            thread::yield_now();
+        }
+        guest.pause().unwrap();
+        let (stopped, entered) = (guest.stopped_ns(), guest.entered_ns());
+        assert!(guest.vcpus.iter().all(|vcpu| vcpu.stopped_ns() >= stopped));
+        assert!(guest.vcpus.iter().all(|vcpu| vcpu.entered_ns() <= entered));
+        assert!(entered < stopped);
     }
 }

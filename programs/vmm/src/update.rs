@@ -189,7 +189,7 @@ impl Vmm {
     }
 
     fn rolled_back(&self, reason: String, pause_us: Option<f64>) -> UpdateReport {
-        let ticks = self.words.mailbox().ticks();
+        let ticks = self.words.ticks();
         UpdateReport {
             predecessor_pid: process::id(),
             successor_pid: None,

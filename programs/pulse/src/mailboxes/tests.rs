@@ -141,9 +141,10 @@ fn what_any_vcpu_found_wrong_is_told() {
 
 #[test]
 fn a_tick_that_is_lost_or_counted_twice_shows() {
-    let agrees = |ticks, shared| Tally { ticks, shared, vcpus: 2 }.agrees();
-    assert!(agrees(100, 100) && agrees(100, 102));
-    assert!(!agrees(100, 103) && !agrees(101, 100));
+    let miscounted = |ticks, shared| Tally { ticks, shared, vcpus: 2 }.miscounted();
+    assert_eq!((miscounted(100, 100), miscounted(100, 102)), (0, 0));
+    assert_eq!((miscounted(100, 103), miscounted(104, 100)), (1, 4));
+    assert!(!Tally { ticks: 1, shared: 0, vcpus: 2 }.agrees());
 }
 
 proptest! {

@@ -30,7 +30,7 @@ for_each_guest!(
 
 const AMPLE: Duration = Duration::from_secs(20);
 
-fn execute(rig: &Rig) -> UpdateReport {
+pub(crate) fn execute(rig: &Rig) -> UpdateReport {
     match request(Source::Program(program()), AMPLE, AMPLE) {
         Request::Update(update) => {
             rig.send(&Request::Update(tideover_vmm::control::UpdateRequest {
@@ -44,7 +44,7 @@ fn execute(rig: &Rig) -> UpdateReport {
 }
 
 #[track_caller]
-fn execute_well(rig: &Rig, pid: u32) {
+pub(crate) fn execute_well(rig: &Rig, pid: u32) {
     rig.execution(Executed::Well);
     let report = execute(rig);
     let said = || format!("{report:?}\n{}", rig.said());

@@ -20,6 +20,7 @@ mod programs;
 mod rig;
 mod roles;
 mod runner;
+mod several;
 mod stalled;
 mod streak;
 mod witness;
@@ -89,6 +90,8 @@ fn main() -> ExitCode {
         out_of_line::a_successor_of_other_formats_is_refused,
         out_of_line::a_machine_is_claimed_by_its_word_and_not_by_messages,
         out_of_line::a_destroyed_word_stops_the_guest,
+        several::all_vcpus_go_on_after_updates_by_each_carrier,
+        several::all_vcpus_go_on_where_they_were_if_an_update_fails,
         programs::a_program_that_cannot_take_over_is_named,
         holes::a_guest_that_has_not_touched_all_memory_is_updated_and_taken_back,
         streak::ten_updates_under_load,

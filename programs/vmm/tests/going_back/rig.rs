@@ -103,6 +103,12 @@ impl Rig {
         Self::of(Role::First, spec(guest, memory_bytes), programs, Plan::well())
     }
 
+    /// One with so many vCPUs.
+    pub(crate) fn with_vcpus(guest: GuestKind, vcpus: u32) -> Self {
+        let spec = MachineSpec { vcpus, ..spec(guest, MEMORY_BYTES) };
+        Self::of(Role::First, spec, vec![program()], Plan::well())
+    }
+
     /// One whose memory comes as the guest touches it.
     pub(crate) fn with_holes(guest: GuestKind, memory_bytes: u64) -> Self {
         let spec = MachineSpec { prefault: false, ..spec(guest, memory_bytes) };
@@ -196,6 +202,7 @@ impl Rig {
         let CheckReport { pages_checked, pages_lost, guest_errors, registers_lost, guest_passes, .. } = check;
         assert!(pages_checked > 0 && guest_passes >= 2, "{check:?}");
         assert_eq!((pages_lost, guest_errors, registers_lost), (0, 0, 0), "{check:?}");
+        assert_eq!(check.ticks_miscounted, 0, "{check:?}");
     }
 
     /// The guest runs in that process and nowhere else, and is whole.

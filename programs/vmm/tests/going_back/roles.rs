@@ -263,13 +263,15 @@ fn greet_only(start: &Start, plan: &Plan) -> anyhow::Result<()> {
 fn alone(folder: &Path) -> anyhow::Result<()> {
     let told: First = read(folder, "first.json")?;
     let control = Channel::from_stdin()?;
-    let states: &[&str] = match told.spec.guest {
-        GuestKind::Kvm => &["vm", "vcpu0"],
-        GuestKind::Thread => &["walk"],
+    let vcpus = told.spec.vcpus;
+    let of_each = |name: &str| (0..vcpus).map(|vcpu| format!("{name}{vcpu}")).collect();
+    let states: Vec<String> = match told.spec.guest {
+        GuestKind::Kvm => [vec!["vm".to_owned()], of_each("vcpu")].concat(),
+        GuestKind::Thread => of_each("walk"),
     };
     let spec = Spec {
         name: SessionName::new(told.spec.name.as_bytes())?,
-        vcpus: 1,
+        vcpus: vcpus.into(),
         memories: vec![MemorySpec::new(MemoryName::literal("ram"), told.spec.memory_bytes)],
         states: states.iter().map(|name| StateName::new(name.as_bytes())).collect::<Result<_, _>>()?,
     };
@@ -277,11 +279,11 @@ fn alone(folder: &Path) -> anyhow::Result<()> {
     let memory = &machine.memories()[0].inode;
     match told.spec.guest {
         GuestKind::Kvm => {
-            let guest = KvmGuest::first(NewVm::make()?, memory, machine.identity(), Health::well()?)?;
+            let guest = KvmGuest::first(NewVm::make()?, memory, machine.identity(), vcpus, Health::well()?)?;
             hand_over(&told, machine, guest, control)
         }
         GuestKind::Thread => {
-            let guest = ThreadGuest::first(memory, Health::well()?)?;
+            let guest = ThreadGuest::first(memory, vcpus, Health::well()?)?;
             hand_over(&told, machine, guest, control)
         }
     }
