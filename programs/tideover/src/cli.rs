@@ -92,6 +92,9 @@ pub(crate) struct Hardware {
     /// Which guest; kvm if there is /dev/kvm.
     #[arg(long, value_enum)]
     pub(crate) guest: Option<Guest>,
+    /// How many vCPUs the guest has: 1 to 8, and no more than this host has processors.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = vcpus())]
+    pub(crate) vcpus: u32,
     /// What the guest's memory comes from.
     #[arg(long, value_enum, default_value_t = Store::Memfd)]
     pub(crate) store: Store,
@@ -278,11 +281,16 @@ pub(crate) struct Demo {
     pub(crate) json: bool,
 }
 
+/// As many vCPUs as the guest takes.
+fn vcpus() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=i64::from(::vmm::MAX_VCPUS))
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Guest {
-    /// A VM of KVM with one vCPU.
+    /// A VM of KVM.
     Kvm,
-    /// A thread of the VMM, which needs no right and no hardware.
+    /// A thread of the VMM for each vCPU, which needs no right and no hardware.
     Thread,
 }
 

@@ -35,6 +35,7 @@ const BETWEEN_UPDATES: Duration = Duration::from_millis(100);
 #[derive(Debug, Serialize)]
 pub(crate) struct Result {
     pub(crate) guest: GuestKind,
+    pub(crate) vcpus: u64,
     pub(crate) memory_bytes: u64,
     pub(crate) page_size: u64,
     pub(crate) huge_bytes: u64,
@@ -45,6 +46,7 @@ pub(crate) struct Result {
     pub(crate) pages_lost: u64,
     pub(crate) guest_errors: u64,
     pub(crate) registers_lost: u64,
+    pub(crate) ticks_miscounted: u64,
     pub(crate) time_to_full_speed_us: Option<f64>,
     pub(crate) verified: bool,
     /// Why there are not more huge pages, for people.
@@ -123,10 +125,12 @@ fn result(status: &Status, updates: Vec<UpdateReport>, check: &CheckReport) -> R
         // An update after which the guest has not counted on is none.
         update.outcome == UpdateOutcome::Updated && update.ticks_after > Some(update.ticks_before)
     });
-    let whole = check.pages_lost == 0 && check.guest_errors == 0 && check.registers_lost == 0;
+    let wrong = [check.pages_lost, check.guest_errors, check.registers_lost, check.ticks_miscounted];
+    let whole = wrong.iter().all(|count| *count == 0);
     let probe = updates.iter().rev().find_map(|update| update.probe);
     Result {
         guest: status.guest,
+        vcpus: status.vcpus,
         memory_bytes: status.memory_bytes,
         page_size: status.page_size,
         huge_bytes: status.huge_bytes,
@@ -137,6 +141,7 @@ fn result(status: &Status, updates: Vec<UpdateReport>, check: &CheckReport) -> R
         pages_lost: check.pages_lost,
         guest_errors: check.guest_errors,
         registers_lost: check.registers_lost,
+        ticks_miscounted: check.ticks_miscounted,
         time_to_full_speed_us: probe.map(|probe| probe.time_to_full_speed_us),
         huge_refused: status.huge_refused,
         verified: all_updated && whole && check.pages_checked > 0,

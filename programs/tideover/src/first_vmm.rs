@@ -29,10 +29,11 @@ use crate::size;
 /// The machine that was asked for; what this host cannot have is refused here.
 pub(crate) fn spec(name: &str, hardware: &cli::Hardware) -> anyhow::Result<MachineSpec> {
     let guest = choose_guest(hardware.guest)?;
+    check_vcpus(hardware.vcpus)?;
     check_memory(hardware.memory)?;
     let (store, pages) = memory(hardware.store, hardware.page_size)?;
-    let prefault = !hardware.on_demand;
-    Ok(MachineSpec { store, pages, prefault, ..MachineSpec::new(name, hardware.memory, guest) })
+    let (prefault, vcpus) = (!hardware.on_demand, hardware.vcpus);
+    Ok(MachineSpec { store, pages, prefault, vcpus, ..MachineSpec::new(name, hardware.memory, guest) })
 }
 
 fn choose_guest(asked: Option<cli::Guest>) -> anyhow::Result<GuestKind> {
@@ -51,6 +52,15 @@ fn choose_guest(asked: Option<cli::Guest>) -> anyhow::Result<GuestKind> {
             Ok(GuestKind::Thread)
         }
     }
+}
+
+/// Refuses vCPUs that would wait for each other: in an update all have to get a processor at once.
+fn check_vcpus(wanted: u32) -> anyhow::Result<()> {
+    let processors = std::thread::available_parallelism().context("cannot count this host's processors")?;
+    if usize::try_from(wanted).is_ok_and(|wanted| wanted <= processors.get()) {
+        return Ok(());
+    }
+    bail!("--vcpus {wanted}: this host gives this program {processors} processors; ask for no more")
 }
 
 /// Refuses what the host could only answer by killing the VMM.

@@ -58,7 +58,8 @@ fn heading(result: &Result) -> String {
         refused.map_or(pages.clone(), |why| format!("{pages}; the host refused more huge ones: {why}"));
     let guest = guest(result.guest);
     format!(
-        "{guest}, {} of memory ({pages}), store {}, carrier {}",
+        "{guest}, {}, {} of memory ({pages}), store {}, carrier {}",
+        vcpus(result.vcpus),
         size::show(result.memory_bytes),
         result.store,
         result.carrier
@@ -69,6 +70,13 @@ pub(crate) fn guest(kind: GuestKind) -> &'static str {
     match kind {
         GuestKind::Kvm => "KVM guest",
         GuestKind::Thread => "guest that is a thread (no KVM)",
+    }
+}
+
+pub(crate) fn vcpus(count: u64) -> String {
+    match count {
+        1 => "1 vCPU".to_owned(),
+        count => format!("{count} vCPUs"),
     }
 }
 
@@ -112,7 +120,7 @@ fn phases(result: &Result) -> String {
 fn verdict(result: &Result) -> String {
     let all = result.memory_bytes / 4096;
     let mut text = format!(
-        "pages checked {} of {all} (the rest are the guest's stacks and mailbox), lost {}\n",
+        "pages checked {} of {all} (the rest are the guest's stacks, mailboxes and shared count), lost {}\n",
         result.pages_checked, result.pages_lost
     );
     if let Some(us) = result.time_to_full_speed_us {
@@ -146,6 +154,7 @@ fn wrong(result: &Result) -> Vec<String> {
         (result.pages_lost, "pages lost"),
         (result.guest_errors, "wrong words found by the guest"),
         (result.registers_lost, "times that its registers were lost"),
+        (result.ticks_miscounted, "ticks lost or counted twice"),
         (u64::from(result.pages_checked == 0), "check that looked at no page"),
     ];
     found.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect()

@@ -128,10 +128,11 @@ fn state(state: GuestState) -> &'static str {
 fn sentence(status: &Status) -> String {
     let failure = status.failure.as_ref().map_or_else(String::new, |why| format!(" ({why})"));
     format!(
-        "{}: {}{failure}, {}, {} of memory, process {}",
+        "{}: {}{failure}, {}, {}, {} of memory, process {}",
         status.name,
         state(status.state),
         table::guest(status.guest),
+        table::vcpus(status.vcpus),
         size::show(status.memory_bytes),
         status.pid
     )

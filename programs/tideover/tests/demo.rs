@@ -103,12 +103,17 @@ fn a_vm_of_small_pages_given_on_demand_lives_through_updates() {
 
 /// Updates a small guest of this kind, its memory from this store, by each carrier.
 fn by_each_carrier(guest: &str, store: &str) {
+    by_each_carrier_with(guest, store, 1);
+}
+
+fn by_each_carrier_with(guest: &str, store: &str, vcpus: usize) {
     for carrier in ["socket", "exec"] {
         let arguments =
             ["--guest", guest, "--store", store, "--carrier", carrier, "--memory", "16MiB", "--updates", "2"];
-        let result = demo_json(&arguments);
+        let result = demo_json(&[&arguments[..], &["--vcpus", &vcpus.to_string()]].concat());
         check_result(&result, 2, 16 << 20);
         assert_eq!((&result["store"], &result["carrier"]), (&store.into(), &carrier.into()));
+        assert_eq!((&result["vcpus"], &result["ticks_miscounted"]), (&vcpus.into(), &0.into()));
         for update in result["updates"].as_array().unwrap() {
             let same = update["predecessor_pid"] == update["successor_pid"];
             assert_eq!(same, carrier == "exec");
@@ -125,6 +130,34 @@ fn a_thread_in_a_memfd_is_updated_by_each_carrier() {
 fn a_vm_in_a_memfd_is_updated_by_each_carrier() {
     harness::need!(kvm);
     by_each_carrier("kvm", "memfd");
+}
+
+/// As many as this host has processors, of several.
+fn several() -> usize {
+    std::thread::available_parallelism().unwrap().get().min(4)
+}
+
+#[test]
+fn a_thread_for_each_vcpu_is_updated_by_each_carrier() {
+    by_each_carrier_with("thread", "memfd", several());
+}
+
+#[test]
+fn a_vm_of_several_vcpus_is_updated_by_each_carrier() {
+    harness::need!(kvm);
+    by_each_carrier_with("kvm", "memfd", several());
+}
+
+#[test]
+fn more_vcpus_than_the_host_has_processors_are_refused_before_anything_is_started() {
+    if std::thread::available_parallelism().unwrap().get() >= 8 {
+        // This host really has them.
+        return;
+    }
+    let output = tideover(&["demo", "--guest", "thread", "--memory", "8MiB", "--vcpus", "8"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("--vcpus 8: this host gives this program"), "{said}");
 }
 
 #[test]
@@ -161,7 +194,15 @@ fn people_get_a_table_and_a_verdict() {
 
 #[test]
 fn a_wrong_command_line_is_refused_with_code_2() {
-    for wrong in [&["demo", "--memory", "5MiB"][..], &["demo", "--updates", "0"], &["launch"], &[]] {
+    let wrong: [&[&str]; 6] = [
+        &["demo", "--memory", "5MiB"],
+        &["demo", "--updates", "0"],
+        &["demo", "--vcpus", "0"],
+        &["demo", "--vcpus", "9"],
+        &["launch"],
+        &[],
+    ];
+    for wrong in wrong {
         let output = tideover(wrong);
         assert_eq!(output.status.code(), Some(2), "{wrong:?}");
         assert!(output.stdout.is_empty());

@@ -111,10 +111,14 @@ fn a_machine_lives_from_run_to_stop_through_updates() {
 fn a_machine_of_kvm_lives_from_run_to_stop_through_updates() {
     harness::need!(kvm);
     let host = Host::new();
-    host.json(&["run", "vm", "--memory", "16MiB", "--guest", "kvm"]);
+    let vcpus = std::thread::available_parallelism().unwrap().get().min(2);
+    let made =
+        host.json(&["run", "vm", "--memory", "16MiB", "--guest", "kvm", "--vcpus", &vcpus.to_string()]);
+    assert_eq!(made["vcpus"], vcpus);
     for updates in 1..=3 {
         assert_eq!(host.json(&["update", "vm"])["outcome"], "updated");
-        assert_eq!(host.json(&["status", "vm"])["updates"], updates);
+        let status = host.json(&["status", "vm"]);
+        assert_eq!((&status["updates"], &status["vcpus"]), (&updates.into(), &vcpus.into()));
     }
     assert_eq!(host.json(&["status", "vm"])["errors"], 0);
     host.json(&["stop", "vm"]);
@@ -134,22 +138,30 @@ fn thread(pid: &Value, name: &str) -> i32 {
 fn a_vcpus_thread_keeps_its_name_and_how_it_is_scheduled() {
     harness::need!(kvm);
     let host = Host::new();
-    let made = host.json(&["run", "vm", "--memory", "16MiB", "--guest", "kvm"]);
-    let vcpu = thread(&made["pid"], "vcpu0");
-    let mut one = rustix::thread::CpuSet::new();
-    one.set(0);
-    rustix::thread::sched_setaffinity(rustix::process::Pid::from_raw(vcpu), &one).unwrap();
-    let niced = Command::new("renice").args(["-n", "7", "-p", &vcpu.to_string()]).output().unwrap();
-    assert!(niced.status.success(), "{niced:?}");
-    for carrier in ["socket", "exec"] {
+    // Each on a processor of its own.
+    let vcpus = std::thread::available_parallelism().unwrap().get().min(2);
+    let made =
+        host.json(&["run", "vm", "--memory", "16MiB", "--guest", "kvm", "--vcpus", &vcpus.to_string()]);
+    let named = |index: usize, pid: &Value| thread(pid, &format!("vcpu{index}"));
+    for index in 0..vcpus {
+        let vcpu = named(index, &made["pid"]);
+        let mut one = rustix::thread::CpuSet::new();
+        one.set(index);
+        rustix::thread::sched_setaffinity(rustix::process::Pid::from_raw(vcpu), &one).unwrap();
+        let nice = (7 + index).to_string();
+        let niced = Command::new("renice").args(["-n", &nice, "-p", &vcpu.to_string()]).output().unwrap();
+        assert!(niced.status.success(), "{niced:?}");
+    }
+    for (carrier, index) in [("socket", 0), ("exec", vcpus - 1), ("socket", vcpus - 1), ("exec", 0)] {
         let report = host.json(&["update", "vm", "--carrier", carrier]);
         let pid = &report["successor_pid"];
-        let vcpu = thread(pid, "vcpu0");
+        let vcpu = named(index, pid);
         let set = rustix::thread::sched_getaffinity(rustix::process::Pid::from_raw(vcpu)).unwrap();
-        assert_eq!((set.count(), set.is_set(0)), (1, true), "{carrier}");
+        assert_eq!((set.count(), set.is_set(index)), (1, true), "{carrier}");
         let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{vcpu}/stat")).unwrap();
         // Field 19 of the file is the nice value; two stand before the name's closing bracket.
-        assert_eq!(stat.rsplit_once(") ").unwrap().1.split(' ').nth(16), Some("7"), "{carrier}: {stat}");
+        let nice = (7 + index).to_string();
+        assert_eq!(stat.rsplit_once(") ").unwrap().1.split(' ').nth(16), Some(&*nice), "{carrier}: {stat}");
     }
 }
 
