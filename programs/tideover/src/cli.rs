@@ -31,8 +31,6 @@ pub(crate) enum Command {
     Stop(Stop),
     Completions(Completions),
     Man(Man),
-    #[command(hide = true)]
-    Vmm(Vmm),
 }
 
 /// How every verb on a machine ends.
@@ -321,7 +319,10 @@ pub(crate) enum Store {
 }
 
 /// Runs as the VMM of one machine. Started by other verbs, not by hand.
-#[derive(Debug, Args)]
+///
+/// It is read by itself, without the other verbs: a guest may stand still meanwhile.
+#[derive(Debug, Parser)]
+#[command(name = "tideover vmm", version)]
 pub(crate) struct Vmm {
     /// Leave the terminal and the session that this was started in.
     #[arg(long)]

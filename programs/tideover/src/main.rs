@@ -24,17 +24,31 @@ mod vmm;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
 /// There is no machine of the name that was given.
 const NO_MACHINE: u8 = 3;
 
+/// Diagnostics go to stderr: stdout is the result's alone.
+fn log() {
+    let asked = std::env::var("TIDEOVER_LOG").ok().and_then(|asked| asked.parse::<Targets>().ok());
+    let filter = asked.unwrap_or_else(|| Targets::new().with_default(tracing::Level::WARN));
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    tracing_subscriber::registry().with(lines).with(filter).init();
+}
+
 fn main() -> ExitCode {
+    let mut words = std::env::args_os().skip(1).peekable();
+    if words.peek().is_some_and(|verb| verb == "vmm") {
+        let arguments = cli::Vmm::parse_from(words);
+        log();
+        return end(vmm::vmm(arguments));
+    }
     let cli = cli::Cli::parse();
-    // Diagnostics go to stderr: stdout is the result's alone.
-    let filter = EnvFilter::try_from_env("TIDEOVER_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    let result = match cli.command {
+    log();
+    end(match cli.command {
         cli::Command::Demo(arguments) => demo::demo(&arguments),
         cli::Command::Run(arguments) => verbs::run(&arguments),
         cli::Command::Ls(arguments) => verbs::ls(&arguments),
@@ -45,8 +59,10 @@ fn main() -> ExitCode {
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
         cli::Command::Completions(arguments) => pages::completions(&arguments),
         cli::Command::Man(arguments) => pages::man(&arguments),
-        cli::Command::Vmm(arguments) => vmm::vmm(arguments),
-    };
+    })
+}
+
+fn end(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
