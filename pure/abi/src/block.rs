@@ -1,4 +1,4 @@
-//! Chains of blocks of equal entries (facts 4.5): how sessions and files are listed.
+//! Chains of blocks of equal entries: how sessions and files are listed.
 //!
 //! A block is a page: the next block's address, a count, then that many entries back to back. A valid
 //! chain has no empty block and no cycle, and shares no block with another one.

@@ -1,4 +1,4 @@
-//! The root FDT of Kexec Handover, compatible `kho-v4` (facts 4.2).
+//! The root FDT of Kexec Handover, compatible `kho-v4`.
 //!
 //! One page holds a flattened device tree of version 17: the root node names the tree of preserved memory
 //! ([`crate::radix`]); each child is a *subtree*, a named blob. The container is big-endian as every

@@ -13,6 +13,8 @@
 //! | [`radix`] | tree of preserved memory | the kernel's |
 //! | [`vmalloc`] | list of scattered pages | the kernel's |
 //! | [`block`], [`luo`] | sessions and files, `luo-v5` | the kernel's |
+//! | [`memfd`], [`folio`] | a memfd, `memfd-v2`, and its folios | the kernel's |
+//! | [`kvm_vm`], [`guest_memfd`] | a VM and its guest_memfd, `kvm_vm_luo_v1` and `guest_memfd_luo_v1` | the kernel series' |
 //! | [`record`] | the fixed head of our own records | ours |
 //! | [`regions`], [`gmem`], [`vm`], [`state`] | region table, guest memory, machine, state of a vCPU or device | ours |
 //! | [`foreign`] | a descriptor that goes with the machine | ours |
@@ -27,11 +29,15 @@ extern crate alloc;
 
 pub mod arena;
 pub mod block;
+pub mod folio;
 pub mod foreign;
 pub mod gmem;
 pub mod groups;
+pub mod guest_memfd;
 pub mod kho;
+pub mod kvm_vm;
 pub mod luo;
+pub mod memfd;
 pub mod memory;
 pub mod numa;
 pub mod radix;

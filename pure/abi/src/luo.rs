@@ -1,4 +1,4 @@
-//! The Live Update Orchestrator's state, compatible `luo-v5` (facts 4.6).
+//! The Live Update Orchestrator's state, compatible `luo-v5`.
 //!
 //! The KHO subtree `LUO` holds [`LuoSer`]; it names a chain of session entries ([`crate::block`]) and a
 //! page of file-lifecycle-bound objects. A session names a chain of file entries; a file entry names its

@@ -1,4 +1,4 @@
-//! The tree of preserved memory (facts 4.3).
+//! The tree of preserved memory.
 //!
 //! A block of pages is one *key*, which holds its order and its address; the tree is a set of keys: five
 //! levels of tables of 512 addresses, and leaves that are bitmaps of 32,768 keys. Every node is one page.

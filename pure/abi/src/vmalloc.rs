@@ -1,4 +1,4 @@
-//! `kho_vmalloc`: a list of scattered pages that make up one run of bytes (facts 4.4).
+//! `kho_vmalloc`: a list of scattered pages that make up one run of bytes.
 //!
 //! A [`Descriptor`] of 16 bytes names the first *chunk*; a chunk is a page that names 511 blocks and the
 //! next chunk. A zero address ends a chunk's list early.

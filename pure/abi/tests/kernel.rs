@@ -13,8 +13,11 @@ use tideover_abi::kho::SubtreeName;
 use tideover_abi::luo;
 use tideover_abi::luo::Luo;
 use tideover_abi::luo::LuoSer;
+use tideover_abi::memfd::Memfd;
 use tideover_abi::radix;
 use tideover_abi::radix::Found;
+use tideover_abi::vmalloc::Descriptor;
+use zerocopy::FromBytes as _;
 use zerocopy::IntoBytes as _;
 
 /// Physical address of the root FDT.
@@ -105,4 +108,49 @@ fn the_luo_blob_and_blocks_are_those_that_the_kernel_wrote() {
             assert_eq!(block::encode(&entries, &[files])[0][..len], read(files, len));
         }
     }
+}
+
+/// The order of each block of preserved memory, by its first frame.
+fn orders() -> BTreeMap<u64, pages::Order> {
+    let fdt = RootFdt::read(memory(), FDT).unwrap();
+    let mut orders = BTreeMap::new();
+    radix::walk(memory(), fdt.map, |found| {
+        if let Found::Block(key) = found {
+            orders.insert(key.range().start().get(), key.order());
+        }
+        Ok(())
+    })
+    .unwrap();
+    orders
+}
+
+#[test]
+fn the_memfds_are_those_that_were_preserved() {
+    let orders = orders();
+    let order = |frame: pages::Pfn| orders.get(&frame.get()).copied();
+    let luo = luo();
+    let files = luo.sessions.iter().flat_map(|session| &session.files);
+    let found: Vec<_> = files
+        .map(|file| {
+            let memfd = Memfd::read(memory(), file.data, &order).unwrap();
+            let bytes: u64 = memfd.folios.iter().map(|folio| folio.frames.len_bytes()).sum();
+            assert_eq!(memfd.ser(list(file.data)).as_bytes(), read(file.data, 48));
+            let first = memfd.folios[0].frames.start().address();
+            (file.token, memfd.pos, memfd.size_bytes, memfd.seals, memfd.folios.len(), bytes, read(first, 6))
+        })
+        .collect();
+    let expected = [
+        (8194, 5, 12_297, 2, 4, 16_384, vec![0x41; 6]),
+        (7, 0, 4 << 20, 1, 2, 4 << 20, vec![0xc3; 6]),
+        (0, 0, 81_920, 1, 20, 81_920, vec![0; 6]),
+        (500, 6, 6, 1, 1, 4096, b"file 0".to_vec()),
+        (501, 6, 6, 1, 1, 4096, b"file 1".to_vec()),
+        (502, 6, 6, 1, 1, 4096, b"file 2".to_vec()),
+    ];
+    assert_eq!(found, expected);
+}
+
+/// The descriptor of a memfd's list, as the kernel wrote it.
+fn list(address: u64) -> Descriptor {
+    Descriptor::read_from_bytes(&read(address + 32, 16)).unwrap()
 }

@@ -69,7 +69,7 @@ pub struct Context<'a> {
     pub session: SessionName,
 }
 
-/// Preserves one kind of file, in the kernel's verbs (facts 3.1).
+/// Preserves one kind of file, in the kernel's verbs.
 ///
 /// None has a default: what a kernel makes optional is an explicit line here, so that forgetting does not
 /// compile. `data` is the physical address of the handler's own record, or any number that it likes; it is

@@ -44,7 +44,7 @@ pub enum SessionError {
     TooMany,
 }
 
-/// Why a file was not preserved, in the order in which it is checked (facts 2.5).
+/// Why a file was not preserved, in the order in which it is checked.
 #[derive(Debug, Clone, Error)]
 pub enum PreserveError {
     /// No such session.

@@ -1,0 +1,108 @@
+//! `memfd-v2`: a memfd as the kernel hands it over.
+
+use alloc::vec::Vec;
+
+use pages::Order;
+use pages::PAGE_SIZE;
+use pages::Pfn;
+use zerocopy::FromBytes;
+use zerocopy::Immutable;
+use zerocopy::IntoBytes;
+use zerocopy::KnownLayout;
+use zerocopy::Unaligned;
+use zerocopy::little_endian::U32;
+use zerocopy::little_endian::U64;
+
+use crate::folio;
+use crate::folio::Folio;
+use crate::folio::Rules;
+use crate::memory::Malformed;
+use crate::memory::Memory;
+use crate::memory::Place;
+use crate::memory::Problem;
+use crate::vmalloc::Descriptor;
+
+/// The compatible string.
+pub const COMPATIBLE: &str = "memfd-v2";
+/// Seals that there are: SEAL, SHRINK, GROW, WRITE, FUTURE_WRITE and EXEC.
+pub const KNOWN_SEALS: u32 = 0x3f;
+
+/// Flags of a memfd's [`Folio`]. The kernel sets both of all.
+pub mod flags {
+    /// It was written.
+    pub const DIRTY: u16 = 1;
+    /// Its bytes are the file's.
+    pub const UPTODATE: u16 = 2;
+}
+
+/// The structure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct MemfdSer {
+    /// The file's position, in bytes.
+    pub pos: U64,
+    /// The file's size, in bytes.
+    pub size: U64,
+    /// Its seals.
+    pub seals: U32,
+    /// None is known.
+    pub flags: U32,
+    /// Records in the list.
+    pub nr_folios: U64,
+    /// The list; zero if it is empty.
+    pub folios: Descriptor,
+}
+
+const _: () = assert!(size_of::<MemfdSer>() == 48);
+
+/// A memfd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memfd {
+    /// The file's position, in bytes.
+    pub pos: u64,
+    /// The file's size, in bytes: any number.
+    pub size_bytes: u64,
+    /// Its seals.
+    pub seals: u32,
+    /// Its folios, in the order of the file. What is in none is a hole.
+    pub folios: Vec<Folio>,
+}
+
+impl Memfd {
+    /// Reads the memfd at `address`. `order` gives the order of the preserved block that begins at a frame, which stands
+    /// in the tree of preserved memory alone.
+    ///
+    /// # Errors
+    /// [`Malformed`], with the field.
+    pub fn read(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        order: &dyn Fn(Pfn) -> Option<Order>,
+    ) -> Result<Self, Malformed> {
+        let place = Place::new(COMPATIBLE, address);
+        let ser: MemfdSer = place.get(memory)?;
+        let (size_bytes, seals) = (ser.size.get(), ser.seals.get());
+        if seals & !KNOWN_SEALS != 0 {
+            return Err(place.bad("seals", Problem::Unknown { found: seals.into() }));
+        }
+        if ser.flags.get() != 0 {
+            return Err(place.bad("flags", Problem::Unknown { found: ser.flags.get().into() }));
+        }
+        let pages = size_bytes.div_ceil(PAGE_SIZE);
+        let rules = Rules { pages, flags: flags::DIRTY | flags::UPTODATE, holes: true, order };
+        let folios = folio::read(memory, place, ser.nr_folios.get(), &ser.folios, &rules)?;
+        Ok(Self { pos: ser.pos.get(), size_bytes, seals, folios })
+    }
+
+    /// The structure of this memfd, whose [list](folio::encode) of folios lies behind `folios`.
+    pub fn ser(&self, folios: Descriptor) -> MemfdSer {
+        MemfdSer {
+            pos: self.pos.into(),
+            size: self.size_bytes.into(),
+            seals: self.seals.into(),
+            flags: 0.into(),
+            nr_folios: (self.folios.len() as u64).into(),
+            folios,
+        }
+    }
+}
