@@ -24,6 +24,9 @@ pub trait Device: Send + Sync {
     /// Its name, which is the same in predecessor and successor and unlike that of every other device of the machine.
     fn name(&self) -> &str;
 
+    /// The format of its state: one of [`FORMATS`](crate::FORMATS).
+    fn format(&self) -> &'static str;
+
     /// Stops what the device does by itself: when this has returned, it touches neither guest memory nor its backend,
     /// and every request that it took is answered, with the interrupt raised or recorded. Waits for the request under
     /// way, if there is one.

@@ -123,3 +123,11 @@ pub use virtio::core::DeviceFault;
 pub use virtio::net::VirtioNet;
 pub use virtio::queue::RingFault;
 pub use virtio::request::BlockStore;
+
+/// Formats of all devices' states, which this release can read.
+pub const FORMATS: [&str; 4] = [
+    serial::FORMAT.compatible,
+    power::FORMAT.compatible,
+    virtio::blk::FORMAT.compatible,
+    virtio::net::FORMAT.compatible,
+];

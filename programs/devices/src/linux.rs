@@ -108,7 +108,7 @@ pub enum LoadError {
         source: io::Error,
     },
     /// The image is not one that can be started so.
-    #[error("the kernel's image: `{field}` is {found:#x}, which {why}")]
+    #[error("it is no bzImage with a 64-bit entry: its `{field}` is {found:#x}, which {why}")]
     Image {
         /// Field of the setup header.
         field: &'static str,
@@ -118,7 +118,7 @@ pub enum LoadError {
         why: &'static str,
     },
     /// The image ends too early.
-    #[error("the kernel's image has {have} bytes, and should have {need}")]
+    #[error("it is no whole bzImage: it has {have} bytes, and should have {need}")]
     Truncated {
         /// Bytes that it has.
         have: u64,
@@ -211,6 +211,14 @@ where
     .map_err(|error| LoadError::Loader(error.to_string()))?;
     write_tables(memory).map_err(LoadError::Low)?;
     Ok(Loaded { kernel_address: place, boot_params_address: ZERO_PAGE, initrd })
+}
+
+/// That this can be a kernel for [`load`], before there is memory for it.
+///
+/// # Errors
+/// [`LoadError`] if it is no bzImage with a 64-bit entry, or cannot be read.
+pub fn check(kernel: &mut (impl ReadVolatile + Seek)) -> Result<(), LoadError> {
+    Image::read(kernel).map(drop)
 }
 
 /// What to write into the command line for a virtio device with its window of 4 KiB at this address, and this

@@ -42,7 +42,7 @@ const PULSE_RESET: u8 = 0xfe;
 /// Reset the processor, when it goes up.
 const RESET_CPU: u8 = 1 << 2;
 
-const FORMAT: Format =
+pub(crate) const FORMAT: Format =
     Format { compatible: "tideover-power-v1", kind: *b"DPWR", version: 1, oldest: 1, max_payload_bytes: 16 };
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -142,6 +142,10 @@ impl PortDevice for Port {
 impl Device for Power {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn format(&self) -> &'static str {
+        FORMAT.compatible
     }
 
     fn pause(&self) {}

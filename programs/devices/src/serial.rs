@@ -49,7 +49,7 @@ const DATA_READY: u8 = 1;
 /// Always set in the line status: the transmitter is empty.
 const TRANSMITTER_EMPTY: u8 = 0x60;
 
-const FORMAT: Format = Format {
+pub(crate) const FORMAT: Format = Format {
     compatible: "tideover-serial-v1",
     kind: *b"DSER",
     version: 1,
@@ -245,6 +245,10 @@ impl PortDevice for Serial {
 impl Device for Serial {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn format(&self) -> &'static str {
+        FORMAT.compatible
     }
 
     fn pause(&self) {

@@ -13,6 +13,7 @@ use std::os::fd::AsRawFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use thiserror::Error;
 
@@ -66,6 +67,13 @@ pub struct Tap {
 }
 
 impl Tap {
+    /// Whether there is an interface of this name that somebody can have the other end of. [`open`](Self::open) makes
+    /// one if there is none.
+    pub fn is_there(name: &str) -> bool {
+        // A name with a `/` is no name, and a path to elsewhere.
+        request(name).is_ok() && Path::new("/sys/class/net").join(name).join("tun_flags").exists()
+    }
+
     /// Takes the interface of this name, and makes it if there is none.
     ///
     /// # Errors
@@ -180,6 +188,7 @@ mod tests {
     fn what_is_no_name_is_refused() {
         for name in ["", "sixteen-bytes-xx", "a/b", "a b", "tap%d", "..", "a\0"] {
             assert!(matches!(Tap::open(name), Err(TapError::Name { .. })), "{name:?}");
+            assert!(!Tap::is_there(name), "{name:?}");
         }
     }
 
@@ -193,7 +202,9 @@ mod tests {
     fn an_interface_has_one_holder_and_goes_with_its_descriptor() {
         harness::need!(tap);
         let name = format!("tdo{}", std::process::id() % 100_000);
+        assert!(!Tap::is_there(&name));
         let tap = Tap::open(&name).unwrap();
+        assert!(Tap::is_there(&name));
         let other = Tap::open(&name);
         assert!(
             matches!(&other, Err(TapError::Call { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy),

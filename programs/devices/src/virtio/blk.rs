@@ -46,7 +46,7 @@ const SEG_MAX: u64 = 1 << 2;
 const READ_ONLY: u64 = 1 << 5;
 const BLK_SIZE: u64 = 1 << 6;
 
-const FORMAT: Format = Format {
+pub(crate) const FORMAT: Format = Format {
     compatible: "tideover-virtio-blk-v1",
     kind: *b"DBLK",
     version: 1,
@@ -185,6 +185,10 @@ impl MmioDevice for VirtioBlk {
 impl Device for VirtioBlk {
     fn name(&self) -> &str {
         &self.core.name
+    }
+
+    fn format(&self) -> &'static str {
+        FORMAT.compatible
     }
 
     fn pause(&self) {

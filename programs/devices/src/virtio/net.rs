@@ -58,7 +58,7 @@ const BUFFERS: std::ops::Range<usize> = 10..12;
 /// Frames that are moved before the lock is given to others.
 const BATCH: usize = 32;
 
-const FORMAT: Format = Format {
+pub(crate) const FORMAT: Format = Format {
     compatible: "tideover-virtio-net-v1",
     kind: *b"DNET",
     version: 1,
@@ -284,6 +284,10 @@ impl MmioDevice for VirtioNet {
 impl Device for VirtioNet {
     fn name(&self) -> &str {
         &self.card.core.name
+    }
+
+    fn format(&self) -> &'static str {
+        FORMAT.compatible
     }
 
     fn pause(&self) {
