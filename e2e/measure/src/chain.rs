@@ -58,7 +58,7 @@ impl Chain {
             .with_context(|| format!("cannot start {}", program.display()))?;
         let pid = first.id();
         let client = Client::new(ours);
-        while status(&client)?.ticks == 0 {
+        while status(&client)?.ticks == Some(0) {
             std::thread::sleep(Duration::from_millis(1));
         }
         let memory = memory_of(pid).context("cannot open the guest's memory")?;
@@ -182,7 +182,9 @@ impl Drop for Chain {
 
 fn status(client: &Client) -> Result<Status> {
     match client.ask(&Request::Status, &mut |_, _, _| {})? {
-        Answer::Status(status) if status.errors > 0 => bail!("the guest found {} errors", status.errors),
+        Answer::Status(status) if status.errors > Some(0) => {
+            bail!("the guest found errors: {:?}", status.errors)
+        }
         Answer::Status(status) => match status.failure {
             Some(why) => bail!("{why}"),
             None => Ok(*status),

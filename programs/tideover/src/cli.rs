@@ -29,6 +29,7 @@ pub(crate) enum Command {
     Pause(Pause),
     Resume(Resume),
     Stop(Stop),
+    Console(Console),
     Completions(Completions),
     Man(Man),
 }
@@ -47,7 +48,8 @@ fn after(example: &str) -> String {
 /// Its control socket and its log lie in a directory of the user's own: $TIDEOVER_DIR, else $XDG_RUNTIME_DIR/tideover, else
 /// /run/tideover (root) or /tmp/tideover-UID.
 #[derive(Debug, Args)]
-#[command(after_help = after("tideover run web1 --memory 2GiB && tideover update web1 && tideover stop web1"))]
+#[command(after_help = after("tideover run web1 --memory 2GiB && tideover update web1 && tideover stop web1
+    tideover run vm1 --kernel bzImage --initrd initrd.img --disk vm1.img --tap tap0 && tideover console vm1"))]
 pub(crate) struct Run {
     /// The machine's name: letters, digits, `.`, `_` and `-`.
     pub(crate) name: String,
@@ -56,6 +58,21 @@ pub(crate) struct Run {
     /// Which NUMA nodes the memory comes from: bind:, interleave: or preferred: and a list, as bind:0,2-3.
     #[arg(long, value_name = "POLICY")]
     pub(crate) numa: Option<String>,
+    /// A disk: a file or a block device, which no other machine may have at that time; with `,ro` the guest may only read it.
+    #[arg(long, value_name = "PATH[,ro]")]
+    pub(crate) disk: Vec<String>,
+    /// A network card, at the other end of this tap interface.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tap: Vec<String>,
+    /// Start this Linux kernel, a bzImage, in place of the reference guest. Needs --guest kvm.
+    #[arg(long, value_name = "BZIMAGE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The kernel's initial RAM disk.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line. Where the disks and network cards are is added.
+    #[arg(long, value_name = "TEXT", requires = "kernel", default_value = "console=ttyS0")]
+    pub(crate) cmdline: String,
     /// When the guest switches itself off.
     #[arg(long, value_enum, default_value_t = Then::Stop)]
     pub(crate) on_power_off: Then,
@@ -177,6 +194,21 @@ pub(crate) struct Resume {
 pub(crate) struct Stop {
     #[command(flatten)]
     pub(crate) machine: Machine,
+}
+
+/// Attaches to a machine's serial line, beside whoever else is.
+///
+/// What the guest has said of late is shown first; what it says and gets from then on is not interrupted by updates. On a
+/// terminal every key goes to the guest, but Ctrl-], which leaves. Otherwise all of standard input goes to it, and after the end of
+/// that the output goes on until the machine ends. There is no --json: the output is the guest's.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover console web1
+    echo reboot | tideover console web1 > web1.txt
+
+Exit code besides: 128 and the number of a signal that ended it."))]
+pub(crate) struct Console {
+    /// The machine.
+    pub(crate) name: String,
 }
 
 /// Writes a completion script for a shell to standard output.

@@ -142,7 +142,8 @@ impl FirstVmm {
     pub(crate) fn await_status(&self, bar: &Bar) -> anyhow::Result<Status> {
         loop {
             match self.client()?.ask(&Request::Status, &mut |what, done, of| bar.at(what, done, of))? {
-                Answer::Status(status) if status.ticks > 0 || status.failure.is_some() => {
+                // A guest that does not count is not waited for.
+                Answer::Status(status) if status.ticks != Some(0) || status.failure.is_some() => {
                     return match status.failure {
                         Some(why) => bail!("{why}"),
                         None => Ok(*status),

@@ -10,6 +10,7 @@ macro_rules! complain {
 }
 
 mod cli;
+mod console;
 mod demo;
 mod first_vmm;
 mod machines;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         cli::Command::Pause(arguments) => verbs::pause(&arguments),
         cli::Command::Resume(arguments) => verbs::resume(&arguments),
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
+        cli::Command::Console(arguments) => console::console(&arguments),
         cli::Command::Completions(arguments) => pages::completions(&arguments),
         cli::Command::Man(arguments) => pages::man(&arguments),
     })

@@ -1,6 +1,8 @@
 //! The verbs on machines that have a name.
 
 use std::io::Write as _;
+use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::process::Stdio;
 use std::time::Duration;
@@ -8,8 +10,13 @@ use std::time::Duration;
 use ::vmm::control::Answer;
 use ::vmm::control::Client;
 use ::vmm::control::Confine;
+use ::vmm::control::DeviceKind;
+use ::vmm::control::DeviceStatus;
+use ::vmm::control::DiskSpec;
 use ::vmm::control::End;
+use ::vmm::control::GuestKind;
 use ::vmm::control::GuestState;
+use ::vmm::control::LinuxSpec;
 use ::vmm::control::MachineSpec;
 use ::vmm::control::Request;
 use ::vmm::control::Source;
@@ -71,6 +78,7 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
         bail!("there is a machine {} already: stop it first, or take another name", arguments.name);
     }
     let spec = first_vmm::spec(&arguments.name, &arguments.hardware)?;
+    check_kernel(arguments, &spec)?;
     let directory = machines::make_directory()?;
     let socket = machines::socket(&directory, &arguments.name);
     let spec = MachineSpec {
@@ -79,6 +87,9 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
         on_power_off: then(arguments.on_power_off),
         on_reset: then(arguments.on_reset),
         on_crash: then(arguments.on_crash),
+        disks: arguments.disk.iter().map(|disk| disk_spec(disk)).collect::<Result<_, _>>()?,
+        taps: arguments.tap.clone(),
+        linux: linux_spec(arguments)?,
         confine: arguments.confine.of_spec(),
         ..spec
     };
@@ -97,15 +108,56 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
     if arguments.foreground { wait(&client) } else { Ok(ExitCode::SUCCESS) }
 }
 
+/// Refuses what this guest does not have.
+fn check_kernel(arguments: &cli::Run, spec: &MachineSpec) -> anyhow::Result<()> {
+    if arguments.kernel.is_some() && spec.vcpus > 1 {
+        bail!("--kernel: a kernel is told of one processor only; leave --vcpus out");
+    }
+    if spec.guest != GuestKind::Thread {
+        return Ok(());
+    }
+    let asked = [
+        ("--kernel", arguments.kernel.is_some()),
+        ("--disk", !arguments.disk.is_empty()),
+        ("--tap", !arguments.tap.is_empty()),
+    ];
+    match asked.into_iter().find(|(_, asked)| *asked) {
+        Some((what, _)) => bail!("{what} needs --guest kvm: a thread has no devices and starts no kernel"),
+        None => Ok(()),
+    }
+}
+
+/// A path as whoever looks at the machine later understands it.
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("cannot tell where {} is", path.display()))
+}
+
+fn disk_spec(text: &str) -> anyhow::Result<DiskSpec> {
+    let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
+    Ok(DiskSpec { path: absolute(path.as_ref())?, read_only })
+}
+
+fn linux_spec(arguments: &cli::Run) -> anyhow::Result<Option<LinuxSpec>> {
+    let Some(kernel) = &arguments.kernel else { return Ok(None) };
+    let initrd = arguments.initrd.as_deref().map(absolute).transpose()?;
+    Ok(Some(LinuxSpec { kernel: absolute(kernel)?, initrd, command_line: arguments.cmdline.clone() }))
+}
+
 /// Waits for the guest's end, and says how it was.
 fn wait(client: &Client) -> anyhow::Result<ExitCode> {
-    match ask(client, &Request::Wait)? {
+    ended(ask(client, &Request::Wait)?)
+}
+
+/// What the end of a machine comes to.
+pub(crate) fn ended(answer: Answer) -> anyhow::Result<ExitCode> {
+    match answer {
         Answer::Stopped | Answer::Ended(End::PowerOff | End::Reset) => Ok(ExitCode::SUCCESS),
         Answer::Ended(end @ End::Crashed(_)) => {
             complain!("tideover: {end}");
             Ok(ExitCode::from(CRASHED))
         }
-        other => bail!("unexpected answer to wait: {other:?}"),
+        Answer::Error(error) => bail!("{error}"),
+        other => bail!("not the end of a machine: {other:?}"),
     }
 }
 
@@ -205,12 +257,35 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
         Confine::Deny => text += "  confined   other system calls fail\n",
         Confine::Kill => text += "  confined   another system call ends it\n",
     }
-    text += &format!(
-        "  guest      {} ticks, {} passes over its memory, {} errors found\n",
-        status.ticks, status.passes, status.errors
-    );
+    if let (Some(ticks), Some(passes), Some(errors)) = (status.ticks, status.passes, status.errors) {
+        text +=
+            &format!("  guest      {ticks} ticks, {passes} passes over its memory, {errors} errors found\n");
+    }
+    for device in &status.devices {
+        text += &format!("  {:<10} {}\n", device.name, describe(device));
+    }
+    if status.consoles > 0 {
+        text += &format!("  consoles   {} attached\n", status.consoles);
+    }
     say(&text)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What a device is, in a few words.
+fn describe(device: &DeviceStatus) -> String {
+    let backend = device.backend.as_deref().unwrap_or_default().escape_debug();
+    match device.kind {
+        DeviceKind::Serial => "16550A at port 0x3f8: see `tideover console`".to_owned(),
+        DeviceKind::Power => "power off and reset".to_owned(),
+        DeviceKind::Disk => {
+            let only = if device.read_only == Some(true) { ", read-only" } else { "" };
+            format!("virtio disk, {} of {backend}{only}", size::show(device.size_bytes.unwrap_or_default()))
+        }
+        DeviceKind::Net => {
+            let dropped = device.dropped.unwrap_or_default();
+            format!("virtio network card at {backend}, {dropped} frames dropped")
+        }
+    }
 }
 
 pub(crate) fn update(arguments: &cli::Update) -> anyhow::Result<ExitCode> {

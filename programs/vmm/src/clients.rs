@@ -201,6 +201,11 @@ impl Clients {
         }
     }
 
+    /// Gives a connection away, which is no more among these.
+    pub(crate) fn take(&mut self, client: ClientId) -> Option<Channel> {
+        (client.0 < self.list.len()).then(|| self.list.remove(client.0).channel)
+    }
+
     /// Changes what a connection is for.
     pub(crate) fn set_mode(&mut self, client: ClientId, mode: Mode) {
         if let Some(client) = self.list.get_mut(client.0) {

@@ -183,6 +183,7 @@ const ANYHOW: &[libc::c_long] = &[
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_eventfd2,
+    libc::SYS_pipe2,
     libc::SYS_pidfd_open,
     libc::SYS_ppoll,
     // Those who come to the machine's socket, and successors.

@@ -14,6 +14,7 @@ use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::MAX_MESSAGE_BYTES;
 use fdpass::ReceiveError;
+use fdpass::SendError;
 use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -67,6 +68,26 @@ pub enum Then {
     Keep,
 }
 
+/// A disk that a machine is to have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Its file or block device.
+    pub path: PathBuf,
+    /// The guest may only read it.
+    pub read_only: bool,
+}
+
+/// A Linux kernel that a machine starts with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinuxSpec {
+    /// Its image, a bzImage.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The command line. What names the machine's disks and network cards is added.
+    pub command_line: String,
+}
+
 /// What machine to make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineSpec {
@@ -96,6 +117,15 @@ pub struct MachineSpec {
     pub on_reset: Then,
     /// When the guest does what no guest may do, as a triple fault.
     pub on_crash: Then,
+    /// Its disks. A guest that is a thread has none.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
+    /// The network interfaces at the other ends of its network cards. A guest that is a thread has none.
+    #[serde(default)]
+    pub taps: Vec<String>,
+    /// What it starts with; the reference guest, pulse, if there is none.
+    #[serde(default)]
+    pub linux: Option<LinuxSpec>,
     /// What becomes of its VMM at a system call that it has no need of while the guest runs.
     #[serde(default)]
     pub confine: Confine,
@@ -121,6 +151,9 @@ impl MachineSpec {
             on_power_off: Then::Stop,
             on_reset: Then::Restart,
             on_crash: Then::Stop,
+            disks: Vec::new(),
+            taps: Vec::new(),
+            linux: None,
             confine: Confine::No,
         }
     }
@@ -183,6 +216,10 @@ pub enum Request {
     Resume,
     /// Answer when the guest ends, and how.
     Wait,
+    /// Make this connection a console of the guest's serial line. From then on both sides send bytes of the line
+    /// ([`console_message`]), and the VMM besides [`Answer::ConsoleMissed`] and how the machine ends. It goes on through updates
+    /// until it is closed. A machine without a socket is not kept by its consoles.
+    Console,
     /// End the guest and the VMM.
     Stop,
 }
@@ -197,6 +234,37 @@ pub enum GuestState {
     Paused,
     /// It has ended by itself.
     Ended,
+}
+
+/// What a device is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// A serial line.
+    Serial,
+    /// The ports for power off and reset.
+    Power,
+    /// A disk.
+    Disk,
+    /// A network card.
+    Net,
+}
+
+/// A device of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub name: String,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// The host's file or interface behind it.
+    pub backend: Option<String>,
+    /// Of a disk: whether the guest may only read it.
+    pub read_only: Option<bool>,
+    /// Of a disk: its size, in bytes.
+    pub size_bytes: Option<u64>,
+    /// Of a network card: frames that were dropped.
+    pub dropped: Option<u64>,
 }
 
 /// How the guest is.
@@ -228,14 +296,18 @@ pub struct Status {
     pub huge_bytes: u64,
     /// Why there are not more, as the kernel's error number, if it is known.
     pub huge_refused: Option<i32>,
-    /// What all of its vCPUs have counted together.
-    pub ticks: u64,
-    /// Full passes over its memory.
-    pub passes: u64,
-    /// Wrong words that it found.
-    pub errors: u64,
+    /// What all of its vCPUs have counted together, if it is pulse.
+    pub ticks: Option<u64>,
+    /// Full passes over its memory, if it is pulse.
+    pub passes: Option<u64>,
+    /// Wrong words that it found, if it is pulse.
+    pub errors: Option<u64>,
     /// Why it does not run any more, if so.
     pub failure: Option<String>,
+    /// Its devices.
+    pub devices: Vec<DeviceStatus>,
+    /// Consoles that are attached to its serial line.
+    pub consoles: usize,
     /// How the VMM is confined.
     pub confined: Confine,
 }
@@ -332,12 +404,34 @@ pub enum Answer {
     Paused,
     /// The guest runs on.
     Resumed,
+    /// The connection is a console from now on.
+    Console,
+    /// A console was too slow for the guest's output.
+    ConsoleMissed {
+        /// How many bytes are missing in what follows.
+        bytes: u64,
+    },
     /// The guest has ended, and the VMM is about to.
     Stopped,
     /// The guest has ended by itself, and the VMM is about to.
     Ended(End),
     /// It could not be done.
     Error(String),
+}
+
+/// What stands before bytes of the serial line in a console's messages. No other message begins with it.
+const LINE: u8 = 0;
+
+/// Bytes of the serial line as a console's message, in either direction. They are to be few enough for a message.
+#[must_use]
+pub fn console_message(bytes: &[u8]) -> Vec<u8> {
+    [&[LINE], bytes].concat()
+}
+
+/// The bytes of the serial line in a console's message, if it is one of those.
+#[must_use]
+pub fn console_bytes(message: &[u8]) -> Option<&[u8]> {
+    message.strip_prefix(&[LINE])
 }
 
 /// Sends a message.
@@ -385,6 +479,17 @@ impl Client {
         Self { patience: Some(patience), ..self }
     }
 
+    /// Makes the connection a console; see [`Request::Console`].
+    ///
+    /// # Errors
+    /// If the guest has no serial line, or the VMM is gone.
+    pub fn into_console(self) -> anyhow::Result<Channel> {
+        match self.ask(&Request::Console, &mut |_, _, _| {})? {
+            Answer::Console => Ok(self.channel),
+            other => bail!("unexpected answer to console: {other:?}"),
+        }
+    }
+
     /// Waits until the VMM closes the connection, which it does when it ends.
     ///
     /// # Errors
@@ -417,7 +522,11 @@ impl Client {
     /// # Errors
     /// As [`Client::answer`].
     pub fn ask(&self, request: &Request, progress: &mut dyn FnMut(&str, u64, u64)) -> anyhow::Result<Answer> {
-        send(&self.channel, request).context("cannot reach the VMM")?;
+        match send(&self.channel, request) {
+            // It may have said why before it went.
+            Err(error) if error.downcast_ref() == Some(&SendError::Closed) => {}
+            sent => sent.context("cannot reach the VMM")?,
+        }
         self.answer(progress)
     }
 
@@ -460,6 +569,15 @@ mod tests {
             text(&update),
             r#"{"update":{"successor":{"listen":"/run/x"},"carrier":"socket","populate":true,"probe":false,"timeout_ms":2000,"prepare_timeout_ms":60000}}"#
         );
+    }
+
+    #[test]
+    fn what_a_vmm_said_before_it_went_is_heard() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        send(&theirs, &Answer::Error("no room".to_owned())).unwrap();
+        drop(theirs);
+        let error = Client::new(ours).ask(&Request::Status, &mut |_, _, _| {}).unwrap_err();
+        assert_eq!(error.to_string(), "no room");
     }
 
     #[test]

@@ -16,6 +16,7 @@ use pulse::MAX_VCPUS;
 use region::PageSize;
 use region::Policy;
 
+use crate::backends::Backends;
 use crate::clients::Clients;
 use crate::control;
 use crate::control::Answer;
@@ -28,6 +29,7 @@ use crate::guest::Served;
 use crate::kvm_guest;
 use crate::kvm_guest::KvmGuest;
 use crate::kvm_guest::NewVm;
+use crate::kvm_guest::Setup;
 use crate::serve::Vmm;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
@@ -48,8 +50,8 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
         Err((error, control)) => return control::send(&control, &Answer::Error(format!("{error:#}"))),
     };
     match make(spec, &clients) {
-        Ok((machine, guest)) => {
-            let mut vmm = Vmm::new(spec.clone(), machine, guest, clients, programs);
+        Ok((machine, guest, backends)) => {
+            let mut vmm = Vmm::new(spec.clone(), machine, guest, clients, backends, programs);
             if let Err(error) = vmm.confine() {
                 vmm.clients.tell(Clients::MAKER, &Answer::Error(format!("{:#}", anyhow::Error::new(error))));
                 return Ok(());
@@ -64,7 +66,9 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
     }
 }
 
-fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<(Machine, Box<dyn Served>)> {
+type Made = (Machine, Box<dyn Served>, Arc<Backends>);
+
+fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<Made> {
     if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
         bail!("the guest takes 1 to {MAX_VCPUS} vCPUs, not {}", spec.vcpus);
     }
@@ -75,12 +79,14 @@ fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<(Machine, Box<d
         let what = "warming up memory".to_owned();
         clients.tell(Clients::MAKER, &Answer::Progress { what, done, of });
     };
+    // Before any memory: what is not there, or another's, is no reason to make some.
+    let backends = Arc::new(Backends::open(spec)?);
     // The VM first: memory may be its own.
     let vm = new_vm(spec.guest)?;
     let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, &mut progress)?;
-    let mut guest = boot(&machine, vm, spec.vcpus)?;
+    let mut guest = boot(spec, &machine, &backends, vm)?;
     guest.start()?;
-    Ok((machine, guest))
+    Ok((machine, guest, backends))
 }
 
 fn new_vm(guest: GuestKind) -> anyhow::Result<Option<NewVm>> {
@@ -136,12 +142,20 @@ fn policy(text: &str) -> anyhow::Result<Policy> {
 }
 
 /// A guest that starts from the beginning, in memory that is zero.
-fn boot(machine: &Machine, vm: Option<NewVm>, vcpus: u32) -> anyhow::Result<Box<dyn Served>> {
+fn boot(
+    spec: &MachineSpec,
+    machine: &Machine,
+    backends: &Arc<Backends>,
+    vm: Option<NewVm>,
+) -> anyhow::Result<Box<dyn Served>> {
     let memory = &machine.memories()[0].inode;
     let health = Health::well()?;
     Ok(match vm {
-        Some(vm) => Box::new(KvmGuest::first(vm, memory, machine.identity(), vcpus, health)?),
-        None => Box::new(ThreadGuest::first(memory, vcpus, health)?),
+        Some(vm) => {
+            let setup = Setup { spec, memory, identity: machine.identity(), backends, health };
+            Box::new(KvmGuest::first(vm, &setup)?)
+        }
+        None => Box::new(ThreadGuest::first(memory, spec.vcpus, health)?),
     })
 }
 
@@ -149,12 +163,16 @@ fn boot(machine: &Machine, vm: Option<NewVm>, vcpus: u32) -> anyhow::Result<Box<
 ///
 /// # Errors
 /// If the memory cannot be made zero, or the guest not made.
-pub(crate) fn boot_again(spec: &MachineSpec, machine: &Machine) -> anyhow::Result<Box<dyn Served>> {
+pub(crate) fn boot_again(
+    spec: &MachineSpec,
+    machine: &Machine,
+    backends: &Arc<Backends>,
+) -> anyhow::Result<Box<dyn Served>> {
     let memory = &machine.memories()[0].inode;
     memory.clear()?;
     if spec.prefault {
         memory.mapping().warm(page_size(spec), &mut |_, _| {})?;
     }
     let vm = new_vm(spec.guest)?;
-    boot(machine, vm, spec.vcpus)
+    boot(spec, machine, backends, vm)
 }

@@ -8,8 +8,11 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use machine::Machine;
 use machine::StateName;
 use machine::update::Guest;
 use pulse::MAILBOX_OFFSET;
@@ -25,7 +28,9 @@ use serde::Deserialize;
 use serde::Serialize;
 use thiserror::Error;
 
+use crate::control::DeviceStatus;
 use crate::control::GuestKind;
+use crate::control::MachineSpec;
 
 /// How long a guest may take to stop.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -68,6 +73,23 @@ pub enum GuestError {
     /// A state is missing.
     #[error("no state was handed over for {0}")]
     NoState(StateName),
+    /// A device's state is missing.
+    #[error("no state was handed over for the device {0}")]
+    NoDeviceState(String),
+    /// A state is that of no device.
+    #[error("a state was handed over for {0}, which is no device of this machine")]
+    UnknownDevice(String),
+    /// A state cannot be read.
+    #[error("the state of {what} is none: `{field}`")]
+    State {
+        /// What it is the state of.
+        what: &'static str,
+        /// Where it is wrong.
+        field: &'static str,
+    },
+    /// More devices than a machine has places for.
+    #[error("no place is left for a device")]
+    NoPlace,
 }
 
 /// Wraps an error of a lower layer.
@@ -99,6 +121,11 @@ impl SharedWords for MemoryWords {
 }
 
 impl MemoryWords {
+    /// Those of a machine whose guest is pulse.
+    pub(crate) fn of(spec: &MachineSpec, machine: &Machine) -> Option<Self> {
+        spec.linux.is_none().then(|| Self(Arc::clone(machine.memories()[0].inode.mapping())))
+    }
+
     /// The first vCPU's, unchecked.
     pub(crate) fn mailbox(&self) -> Mailbox<'_, Self> {
         Mailbox::new(self, MAILBOX_OFFSET)
@@ -147,6 +174,8 @@ impl fmt::Display for End {
 #[derive(Debug, Clone)]
 pub struct Health {
     end: Arc<Mutex<Option<End>>>,
+    /// A look at this is cheaper than at the end.
+    has_ended: Arc<AtomicBool>,
     bell: Arc<OwnedFd>,
 }
 
@@ -158,18 +187,22 @@ impl Health {
     pub fn well() -> Result<Self, GuestError> {
         let bell =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(below("make an eventfd"))?;
-        Ok(Self { end: Arc::default(), bell: Arc::new(bell) })
+        Ok(Self { end: Arc::default(), has_ended: Arc::default(), bell: Arc::new(bell) })
     }
 
     /// It has ended. The first end counts.
     pub(crate) fn end(&self, end: End) {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(end);
+        self.has_ended.store(true, Ordering::SeqCst);
         // Of an eventfd that is full somebody has been told already.
         let _ = rustix::io::write(&self.bell, &1u64.to_le_bytes());
     }
 
     /// How it ended, if it has.
     pub fn ended(&self) -> Option<End> {
+        if !self.has_ended.load(Ordering::SeqCst) {
+            return None;
+        }
         self.end.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -217,6 +250,12 @@ pub trait Served: Guest<Error = GuestError> + Send {
 
     /// Whether it has ended by itself.
     fn health(&self) -> &Health;
+
+    /// What devices it has, if the machine was made as `spec` says.
+    fn devices(&self, spec: &MachineSpec) -> Vec<DeviceStatus>;
+
+    /// Its consoles go on, though it stands still.
+    fn attend(&self);
 }
 
 /// The guest, whatever it is, as its user wants it.
@@ -249,6 +288,10 @@ impl Guest for AnyGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        if self.held { Ok(()) } else { self.guest.resume() }
+        if self.held {
+            self.guest.attend();
+            return Ok(());
+        }
+        self.guest.resume()
     }
 }

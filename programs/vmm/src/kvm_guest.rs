@@ -1,6 +1,7 @@
-//! pulse in a VM of KVM.
+//! A guest in a VM of KVM: pulse, or Linux.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::Arc;
 use std::thread;
 
@@ -10,7 +11,6 @@ use gmem::GuestMemfd;
 use gmem::Inode;
 use kvm::Contents;
 use kvm::Cpuid;
-use kvm::Irqchip;
 use kvm::MemorySlots;
 use kvm::Vcpu;
 use kvm::VcpuState;
@@ -26,11 +26,21 @@ use pulse::Options;
 use pulse::Start;
 use pulse::Vectors;
 use region::Mapping;
+use region::PageSize;
 use sched::Scheduling;
 use serde::Deserialize;
 use serde::Serialize;
 
+use crate::backends::Backends;
+use crate::backends::LinuxFiles;
+use crate::board;
+use crate::board::Board;
+use crate::console;
+use crate::control::DeviceStatus;
 use crate::control::GuestKind;
+use crate::control::LinuxSpec;
+use crate::control::MachineSpec;
+use crate::exits::Exits;
 use crate::guest;
 use crate::guest::GuestError;
 use crate::guest::Health;
@@ -39,14 +49,15 @@ use crate::guest::below;
 use crate::vcpu_thread::VcpuThread;
 
 /// Formats of its states.
-pub(crate) const FORMATS: [&str; 2] = ["tideover-kvm-vm-v1", "tideover-kvm-vcpu-v1"];
+pub(crate) const FORMATS: [&str; 4] =
+    ["tideover-kvm-vm-v1", "tideover-kvm-vcpu-v1", board::FORMAT, console::FORMAT];
 const VM_STATE: StateName = StateName::literal("vm");
-/// Interrupt pins of the split interrupt controller.
-const PINS: u32 = 24;
+/// Of all devices in one: each state that is handed over costs time in the pause.
+const DEVICES_STATE: StateName = StateName::literal("devices");
 
 /// Names of the states of a guest with so many vCPUs.
 pub(crate) fn states(vcpus: u32) -> Vec<StateName> {
-    [VM_STATE].into_iter().chain((0..vcpus).map(vcpu_state)).collect()
+    [VM_STATE, DEVICES_STATE].into_iter().chain((0..vcpus).map(vcpu_state)).collect()
 }
 
 fn vcpu_state(index: u32) -> StateName {
@@ -85,14 +96,31 @@ struct ThreadSer(#[serde(with = "SchedulingSer")] Scheduling);
 
 type States = Vec<(StateName, Vec<u8>)>;
 
-/// pulse in a VM.
+/// What a guest is made of and for.
+#[derive(Debug)]
+pub struct Setup<'a> {
+    /// What machine it is.
+    pub spec: &'a MachineSpec,
+    /// Its memory.
+    pub memory: &'a Arc<Inode>,
+    /// The machine's identity.
+    pub identity: Identity,
+    /// What its devices have of the host.
+    pub backends: &'a Arc<Backends>,
+    /// Where it tells of its end.
+    pub health: Health,
+}
+
+/// A guest in a VM.
 #[derive(Debug)]
 pub struct KvmGuest {
-    // Dropped in this order: the threads with the vCPUs end, then vCPUs, memory slots and VM go, then the memory.
+    // Dropped in this order: the threads with the vCPUs end, then vCPUs, devices, memory slots and VM go, then the memory.
     vcpus: Vec<VcpuThread>,
+    board: Board,
     _slots: MemorySlots<Arc<Mapping>>,
     vm: Vm,
     _file: GmemFile,
+    memory: Arc<Inode>,
     before_pause: BeforePause,
     health: Health,
     /// All vCPUs run, or were told to.
@@ -128,15 +156,18 @@ struct Parts {
     kvm: Kvm,
     vm: Vm,
     vcpus: Vec<Vcpu>,
+    board: Board,
+    exits: Arc<Exits>,
     slots: MemorySlots<Arc<Mapping>>,
     file: GmemFile,
 }
 
 impl Parts {
-    fn make(new: NewVm, memory: &Arc<Inode>, identity: Identity, vcpus: u32) -> Result<Self, GuestError> {
+    fn make(new: NewVm, setup: &Setup<'_>, vcpus: u32) -> Result<Self, GuestError> {
         let NewVm { kvm, builder } = new;
+        let Setup { spec, memory, identity, backends, health } = setup;
         let mut slots = builder.memory_slots();
-        let mut file = GmemFile::open(Arc::clone(memory), identity).map_err(below("open guest memory"))?;
+        let mut file = GmemFile::open(Arc::clone(memory), *identity).map_err(below("open guest memory"))?;
         for (slot, place) in (0..).zip(pulse::slots(memory.size_bytes())) {
             let binding = Binding {
                 slot,
@@ -146,23 +177,24 @@ impl Parts {
             };
             file.bind(&mut slots, binding).map_err(below("give the guest its memory"))?;
         }
-        let vm =
-            builder.finish(Irqchip::Split { pins: PINS }).map_err(below("make interrupt controllers"))?;
+        let vm = builder.finish(board::irqchip(spec)).map_err(below("make interrupt controllers"))?;
         let vcpus = (0..vcpus).map(|index| vm.create_vcpu(index).map_err(below("make a vCPU")));
         let vcpus = vcpus.collect::<Result<_, _>>()?;
-        Ok(Self { kvm, vm, vcpus, slots, file })
+        let (board, bus) = Board::make(&vm, memory, *identity, backends, health)?;
+        let exits = Exits { bus, health: health.clone(), is_pulse: spec.linux.is_none() };
+        Ok(Self { kvm, vm, vcpus, board, exits: Arc::new(exits), slots, file })
     }
 
     /// Starts the vCPUs' threads, which wait for orders.
     fn start(
         self,
         cpuid: &Cpuid,
-        health: Health,
+        setup: &Setup<'_>,
         threads: Vec<Option<ThreadSer>>,
     ) -> Result<KvmGuest, GuestError> {
         let threads = threads.into_iter().chain(std::iter::repeat(None));
         let start = |((vcpu, index), thread): ((Vcpu, u32), Option<ThreadSer>)| {
-            VcpuThread::start(vcpu_name(index), vcpu, health.clone(), thread.map(|thread| thread.0))
+            VcpuThread::start(vcpu_name(index), vcpu, Arc::clone(&self.exits), thread.map(|thread| thread.0))
         };
         let vcpus = self.vcpus.into_iter().zip(0..).zip(threads);
         let mut vcpus = vcpus.map(start).collect::<Result<Vec<_>, _>>()?;
@@ -172,68 +204,49 @@ impl Parts {
         };
         Ok(KvmGuest {
             vcpus,
+            board: self.board,
             _slots: self.slots,
             vm: self.vm,
             _file: self.file,
+            memory: Arc::clone(setup.memory),
             before_pause: BeforePause { cpuid: cpuid.encode(), contents, threads: Vec::new() },
-            health,
+            health: setup.health.clone(),
             runs: false,
         })
     }
 }
 
 impl KvmGuest {
-    /// A guest with so many vCPUs that starts from the beginning, in this VM and this memory of this machine, which is
-    /// zero.
+    /// A guest with all of its vCPUs that starts from the beginning, in this VM and in memory that is zero.
     ///
     /// # Errors
     /// [`GuestError`]
-    pub fn first(
-        new: NewVm,
-        memory: &Arc<Inode>,
-        identity: Identity,
-        vcpus: u32,
-        health: Health,
-    ) -> Result<Self, GuestError> {
-        let parts = Parts::make(new, memory, identity, vcpus)?;
+    pub fn first(new: NewVm, setup: &Setup<'_>) -> Result<Self, GuestError> {
+        let parts = Parts::make(new, setup, setup.spec.vcpus)?;
         let cpuid = Cpuid::supported(&parts.kvm).map_err(below("ask for CPUID"))?;
-        let vectors = Vectors::widest(cpuid.entries());
         for vcpu in &parts.vcpus {
             cpuid.load(vcpu).map_err(below("set CPUID"))?;
         }
-        let first = parts.vcpus.first().ok_or(GuestError::NoVcpus)?;
-        let cycles_per_ms = first.fd().get_tsc_khz().unwrap_or_default().into();
-        let pause_threshold_cycles = guest::pause_threshold(cycles_per_ms);
-        let options = Options { vcpus, vectors, pause_threshold_cycles, ..Options::new(cycles_per_ms) };
-        let image = Image::new(memory.size_bytes(), &options).map_err(below("lay the guest out"))?;
-        for (offset, bytes) in image.pieces() {
-            memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
+        match setup.backends.linux.as_ref().zip(setup.spec.linux.as_ref()) {
+            Some((files, linux)) => boot_linux(&parts.vcpus, files, linux, setup)?,
+            None => boot_pulse(&parts.vcpus, Vectors::widest(cpuid.entries()), setup.memory)?,
         }
-        for (vcpu, start) in parts.vcpus.iter().zip(image.starts()) {
-            set_start(vcpu, &start, vectors).map_err(below("set registers"))?;
-        }
-        parts.start(&cpuid, health, Vec::new())
+        parts.start(&cpuid, setup, Vec::new())
     }
 
     /// A guest that is to be loaded: everything that does not need its state, as the predecessor describes it.
     ///
     /// # Errors
     /// [`GuestError`], also if this host could not load the state that is to come.
-    pub fn prepare(
-        memory: &Arc<Inode>,
-        identity: Identity,
-        vcpus: u32,
-        told: &serde_json::Value,
-        health: Health,
-    ) -> Result<Self, GuestError> {
+    pub fn prepare(setup: &Setup<'_>, vcpus: u32, told: &serde_json::Value) -> Result<Self, GuestError> {
         let told = BeforePause::deserialize(told).map_err(below("read the predecessor's description"))?;
         let cpuid = Cpuid::decode(&told.cpuid).map_err(below("read the guest's CPUID"))?;
         let contents = Contents::decode(&told.contents).map_err(below("read what the state will hold"))?;
-        let parts = Parts::make(NewVm::make()?, memory, identity, vcpus)?;
+        let parts = Parts::make(NewVm::make()?, setup, vcpus)?;
         for vcpu in &parts.vcpus {
             cpuid.load(vcpu).map_err(below("set CPUID"))?;
         }
-        let mut guest = parts.start(&cpuid, health, told.threads)?;
+        let mut guest = parts.start(&cpuid, setup, told.threads)?;
         guest.vcpus.iter_mut().try_for_each(|vcpu| vcpu.idle()?.check(&contents))?;
         Ok(guest)
     }
@@ -250,6 +263,45 @@ fn set_start(vcpu: &Vcpu, start: &Start, vectors: Vectors) -> Result<(), kvm_ioc
     fd.set_mp_state(start.mp_state())
 }
 
+/// Puts pulse into memory, and the vCPUs where they start.
+fn boot_pulse(vcpus: &[Vcpu], vectors: Vectors, memory: &Inode) -> Result<(), GuestError> {
+    let Some(first) = vcpus.first() else { return Err(GuestError::NoVcpus) };
+    let cycles_per_ms = first.fd().get_tsc_khz().unwrap_or_default().into();
+    let pause_threshold_cycles = guest::pause_threshold(cycles_per_ms);
+    let count = u32::try_from(vcpus.len()).map_err(below("count vCPUs"))?;
+    let options = Options { vcpus: count, vectors, pause_threshold_cycles, ..Options::new(cycles_per_ms) };
+    let image = Image::new(memory.size_bytes(), &options).map_err(below("lay the guest out"))?;
+    for (offset, bytes) in image.pieces() {
+        memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
+    }
+    for (vcpu, start) in vcpus.iter().zip(image.starts()) {
+        set_start(vcpu, &start, vectors).map_err(below("set registers"))?;
+    }
+    Ok(())
+}
+
+/// Puts Linux into memory, and the first vCPU at its entry. It has no tables that would tell it of others.
+fn boot_linux(
+    vcpus: &[Vcpu],
+    files: &LinuxFiles,
+    spec: &LinuxSpec,
+    setup: &Setup<'_>,
+) -> Result<(), GuestError> {
+    // A descriptor of its own would have the same place in the file: nobody else reads it.
+    let mut kernel = files.kernel.try_clone().map_err(below("read the kernel"))?;
+    let initrd = files.initrd.as_ref().map(File::try_clone).transpose();
+    let mut initrd = initrd.map_err(below("read the initial RAM disk"))?;
+    let command_line = board::command_line(&spec.command_line, setup.spec);
+    let memory = board::guest_memory(setup.memory)?;
+    let loaded = devices::linux::load(&memory, &mut kernel, initrd.as_mut(), &command_line);
+    let loaded = loaded.map_err(below("load the kernel"))?;
+    let Some(first) = vcpus.first() else { return Err(GuestError::NoVcpus) };
+    let fd = first.fd();
+    let sregs = fd.get_sregs().map_err(below("read registers"))?;
+    fd.set_sregs(&loaded.sregs(sregs)).map_err(below("set registers"))?;
+    fd.set_regs(&loaded.regs()).map_err(below("set registers"))
+}
+
 impl Guest for KvmGuest {
     type Error = GuestError;
 
@@ -259,6 +311,8 @@ impl Guest for KvmGuest {
         }
         self.vcpus.iter().try_for_each(VcpuThread::kick)?;
         self.vcpus.iter().try_for_each(VcpuThread::await_stop)?;
+        // After the vCPUs: what they do to a device still has effect.
+        self.board.pause();
         self.runs = false;
         Ok(())
     }
@@ -270,7 +324,7 @@ impl Guest for KvmGuest {
         // No vCPU is saved before all stand still: one that runs could still interrupt another.
         self.vcpus.iter().try_for_each(VcpuThread::begin_save)?;
         let vm = VmState::save(&self.vm).map_err(below("save the VM"))?;
-        let mut states = vec![(VM_STATE, vm.encode())];
+        let mut states = vec![(VM_STATE, vm.encode()), (DEVICES_STATE, self.board.save()?)];
         for (vcpu, index) in self.vcpus.iter().zip(0..) {
             states.push((vcpu_state(index), vcpu.await_saved()?));
         }
@@ -283,7 +337,11 @@ impl Guest for KvmGuest {
 
     fn resume(&mut self) -> Result<(), GuestError> {
         // One that has ended stands still for good, and is not lost by that.
-        if self.health.ended().is_some() { Ok(()) } else { self.start() }
+        if self.health.ended().is_some() {
+            self.attend();
+            return Ok(());
+        }
+        self.start()
     }
 }
 
@@ -300,24 +358,32 @@ impl Served for KvmGuest {
             let state = VcpuState::decode(bytes(vcpu_state(index))?);
             vcpu.idle()?.load(state.map_err(below("read the vCPU's state"))?)?;
         }
-        vm.load(&self.vm).map_err(below("load the VM"))
+        vm.load(&self.vm).map_err(below("load the VM"))?;
+        self.board.load(bytes(DEVICES_STATE)?)
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
         self.runs = true;
+        self.board.resume();
         self.vcpus.iter_mut().try_for_each(VcpuThread::run)?;
         // Should a vCPU's thread wait for this processor, it gets it now.
         thread::yield_now();
+        self.attend();
         Ok(())
     }
 
     fn formats(&self) -> Vec<String> {
-        FORMATS.map(str::to_owned).to_vec()
+        let devices = self.board.formats();
+        FORMATS.into_iter().chain(devices).map(str::to_owned).collect()
     }
 
     fn before_freeze(&self) -> Result<(), GuestError> {
-        // A vCPU is kicked out of such a wait, and comes back to it when it runs on, here or there.
-        Ok(())
+        // A vCPU is kicked out of such a wait, and comes back to it when it runs on, here or there. A device cannot be.
+        if !self.board.has_workers() {
+            return Ok(());
+        }
+        let filled = self.memory.mapping().warm(PageSize::Small, &mut |_, _| {});
+        filled.map(drop).map_err(below("give all of the guest's pages memory"))
     }
 
     fn before_pause(&self) -> serde_json::Value {
@@ -334,15 +400,30 @@ impl Served for KvmGuest {
     fn health(&self) -> &Health {
         &self.health
     }
+
+    fn devices(&self, spec: &MachineSpec) -> Vec<DeviceStatus> {
+        self.board.status(spec)
+    }
+
+    fn attend(&self) {
+        self.board.go_on();
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+    use std::time::Instant;
+
     use machine::Machine;
     use machine::MemoryName;
     use machine::MemorySpec;
     use machine::SessionName;
     use machine::Spec;
+    use pulse::Command;
+
+    use crate::guest::End;
+    use crate::guest::MemoryWords;
 
     use super::*;
 
@@ -354,11 +435,17 @@ mod tests {
             states: states(vcpus),
         };
         let machine = Machine::create(&spec, &mut |_, _| {}).unwrap();
-        let memory = &machine.memories()[0].inode;
-        let health = Health::well().unwrap();
         let guest =
-            KvmGuest::first(NewVm::make().unwrap(), memory, machine.identity(), vcpus, health).unwrap();
+            with_setup(&machine, vcpus, |setup| KvmGuest::first(NewVm::make().unwrap(), setup).unwrap());
         (machine, guest)
+    }
+
+    fn with_setup<T>(machine: &Machine, vcpus: u32, act: impl FnOnce(&Setup<'_>) -> T) -> T {
+        let memory = &machine.memories()[0].inode;
+        let spec = MachineSpec { vcpus, ..MachineSpec::new("orders", memory.size_bytes(), GuestKind::Kvm) };
+        let backends = Arc::new(Backends::open(&spec).unwrap());
+        let (identity, health) = (machine.identity(), Health::well().unwrap());
+        act(&Setup { spec: &spec, memory, identity, backends: &backends, health })
     }
 
     #[test]
@@ -372,7 +459,7 @@ mod tests {
             guest.pause().unwrap_or_else(|error| panic!("{round}: {error}"));
             let stopped = guest.stopped_ns();
             for _ in 0..2 {
-                assert_eq!(guest.save().unwrap().len(), 3);
+                assert_eq!(guest.save().unwrap().len(), 4);
             }
             assert_eq!(guest.stopped_ns(), stopped, "{round}: it ran after it was stopped");
             guest.resume().unwrap();
@@ -403,12 +490,65 @@ mod tests {
         first.pause().unwrap();
         let good: BTreeMap<StateName, Vec<u8>> = first.save().unwrap().into_iter().collect();
         let told = first.before_pause();
-        let memory = &machine.memories()[0].inode;
-        let health = Health::well().unwrap();
-        let mut second = KvmGuest::prepare(memory, machine.identity(), 2, &told, health).unwrap();
+        let mut second = with_setup(&machine, 2, |setup| KvmGuest::prepare(setup, 2, &told).unwrap());
         let bad = good.keys().map(|name| (*name, vec![1; 64])).collect();
         assert!(second.load(&bad).is_err());
         drop(first);
+        second.load(&good).unwrap();
+        second.start().unwrap();
+        second.pause().unwrap();
+        assert_eq!(second.health().ended(), None);
+    }
+
+    #[test]
+    fn each_command_ends_the_guest_as_it_says_whichever_vcpu_gets_it() {
+        harness::need!(kvm);
+        for command in [Command::PowerOff, Command::Reset, Command::ResetByChipset, Command::Crash] {
+            for vcpu in 0..2 {
+                let (machine, mut guest) = guest(2);
+                let words = MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()));
+                guest.start().unwrap();
+                words.mailboxes().unwrap().get(vcpu).unwrap().command(command);
+                let begun = Instant::now();
+                let end = loop {
+                    match guest.health().ended() {
+                        Some(end) => break end,
+                        None => assert!(begun.elapsed() < Duration::from_secs(60), "{command:?}"),
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                };
+                let as_asked = match command {
+                    Command::PowerOff => end == End::PowerOff,
+                    Command::Reset | Command::ResetByChipset => end == End::Reset,
+                    Command::Crash => matches!(end, End::Crashed(_)),
+                };
+                assert!(as_asked, "{command:?} of {vcpu}: {end}");
+                guest.pause().unwrap();
+                assert!(guest.save().is_err(), "one that has ended goes nowhere");
+            }
+        }
+    }
+
+    #[test]
+    fn devices_are_loaded_with_the_guest_and_a_device_too_few_or_too_many_is_refused() {
+        harness::need!(kvm);
+        let (machine, mut first) = guest(1);
+        first.start().unwrap();
+        first.pause().unwrap();
+        let good: BTreeMap<StateName, Vec<u8>> = first.save().unwrap().into_iter().collect();
+        let told = first.before_pause();
+        drop(first);
+        let mut second = with_setup(&machine, 1, |setup| KvmGuest::prepare(setup, 1, &told).unwrap());
+        let devices = &good[&DEVICES_STATE];
+        let name = devices.windows(6).position(|name| name == b"serial").unwrap();
+        let mut other = devices.clone();
+        other[name] = b'x';
+        let with = |state| good.clone().into_iter().chain([(DEVICES_STATE, state)]).collect();
+        assert!(
+            matches!(second.load(&with(other)), Err(GuestError::NoDeviceState(name)) if name == "serial")
+        );
+        let more = [&devices[..], b"\x01\0\0\0x\0\0\0\0"].concat();
+        assert!(matches!(second.load(&with(more)), Err(GuestError::UnknownDevice(name)) if name == "x"));
         second.load(&good).unwrap();
         second.start().unwrap();
         second.pause().unwrap();

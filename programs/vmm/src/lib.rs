@@ -10,8 +10,11 @@
 //! of them.
 #![forbid(unsafe_code)]
 
+mod backends;
+mod board;
 mod clients;
 pub mod confine;
+mod console;
 pub mod control;
 mod exits;
 mod first;
@@ -24,6 +27,7 @@ mod thread_guest;
 mod update;
 mod vcpu_thread;
 
+pub use backends::Backends;
 pub use first::run;
 pub use guest::End;
 pub use guest::GuestError;
@@ -31,6 +35,7 @@ pub use guest::Health;
 pub use guest::Served;
 pub use kvm_guest::KvmGuest;
 pub use kvm_guest::NewVm;
+pub use kvm_guest::Setup;
 pub use pulse::MAX_VCPUS;
 pub use serve::serve;
 pub use successor::Start;

@@ -67,10 +67,14 @@ fn wait_for<T>(limit: Duration, mut done: impl FnMut() -> Option<T>) -> Option<T
 
 /// After an update: have all vCPUs counted on, and how long a gap did the worst of them see? When they were entered is
 /// asked once they count: their threads may not have got to it before. Of a guest that is held there is nothing to see.
-pub(crate) fn after_update(words: &MemoryWords, before: Before, runs: Option<&dyn Served>) -> Told {
+pub(crate) fn after_update(words: Option<&MemoryWords>, before: Before, runs: Option<&dyn Served>) -> Told {
     let Before { ticks, pauses, probe } = before;
     let ticks_before = ticks.iter().sum();
     let Some(guest) = runs else { return Told { ticks_before, held: true, ..Told::default() } };
+    let Some(words) = words else {
+        let entered_ns = wait_for(FIRST_TICK, || guest.entered_ns());
+        return Told { entered_ns, ..Told::default() };
+    };
     let Ok(mailboxes) = words.mailboxes() else { return Told { ticks_before, ..Told::default() } };
     // Two ticks: after the first one it has compared the gap, after the second one it is written.
     let ticks_after = wait_for(FIRST_TICK, || {
@@ -94,7 +98,7 @@ fn longest_pause_ns(mailboxes: &Mailboxes<'_, MemoryWords>, first: &[u64]) -> Op
 }
 
 /// Where the guest stands when it is taken over, and does not run yet.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Before {
     /// Of each vCPU.
     ticks: Vec<u64>,
@@ -106,7 +110,8 @@ pub(crate) struct Before {
 
 impl Before {
     /// Looks at a guest that stands still.
-    pub(crate) fn look(words: &MemoryWords, probe: bool) -> Self {
+    pub(crate) fn look(words: Option<&MemoryWords>, probe: bool) -> Self {
+        let Some(words) = words else { return Self::default() };
         let mailboxes = words.mailboxes();
         let pauses = mailboxes.iter().flat_map(Mailboxes::iter).map(|mailbox| mailbox.pauses()).collect();
         let ticks = mailboxes.map_or_else(|_| Vec::new(), |mailboxes| mailboxes.ticks_of_each());

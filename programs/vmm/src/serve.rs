@@ -16,6 +16,7 @@ use serde::Serialize;
 use tracing::debug;
 use tracing::warn;
 
+use crate::backends::Backends;
 use crate::clients::Came;
 use crate::clients::ClientId;
 use crate::clients::Clients;
@@ -25,6 +26,7 @@ use crate::confine::Confine;
 use crate::confine::ConfineError;
 use crate::control::Answer;
 use crate::control::End;
+use crate::control::GuestKind;
 use crate::control::GuestState;
 use crate::control::MachineSpec;
 use crate::control::Request;
@@ -45,6 +47,9 @@ pub(crate) struct Told {
     pub(crate) probe: bool,
     pub(crate) held: bool,
     pub(crate) clients: Vec<Mode>,
+    /// Numbers of the consoles.
+    #[serde(default)]
+    pub(crate) consoles: Vec<u32>,
     /// Whose connection the answer goes to, if the successor gives it.
     pub(crate) asked_by: ClientId,
     pub(crate) programs: Vec<PathBuf>,
@@ -65,8 +70,10 @@ pub(crate) struct Vmm {
     pub(crate) spec: MachineSpec,
     pub(crate) machine: Machine,
     pub(crate) guest: AnyGuest,
-    pub(crate) words: MemoryWords,
+    /// Where pulse tells how it is; no other guest does.
+    pub(crate) words: Option<MemoryWords>,
     pub(crate) clients: Clients,
+    pub(crate) backends: Arc<Backends>,
     /// Programs that the machine may be updated to.
     pub(crate) programs: Vec<PathBuf>,
     pub(crate) history: History,
@@ -83,7 +90,8 @@ pub(crate) enum After {
 }
 
 /// Runs the guest of `machine`, which was made as `spec` says, and obeys `control` and whoever comes to the machine's
-/// socket, until the guest is handed over or ended. `programs` are what the machine may be updated to.
+/// socket, until the guest is handed over or ended. Its devices use `backends`. `programs` are what the machine may be
+/// updated to.
 ///
 /// # Errors
 /// If the guest was lost, or nobody can come to the socket.
@@ -91,11 +99,12 @@ pub fn serve(
     spec: MachineSpec,
     machine: Machine,
     guest: Box<dyn Served>,
+    backends: Arc<Backends>,
     control: Channel,
     programs: Vec<PathBuf>,
 ) -> anyhow::Result<()> {
     let clients = Clients::first(control, spec.socket.as_deref()).map_err(|(error, _)| error)?;
-    Vmm::new(spec, machine, guest, clients, programs).obey()
+    Vmm::new(spec, machine, guest, clients, backends, programs).obey()
 }
 
 impl Vmm {
@@ -104,12 +113,13 @@ impl Vmm {
         machine: Machine,
         guest: Box<dyn Served>,
         clients: Clients,
+        backends: Arc<Backends>,
         programs: Vec<PathBuf>,
     ) -> Self {
-        let words = MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()));
+        let words = MemoryWords::of(&spec, &machine);
         let history = History { made_ns: monotonic_ns(), updates: 0 };
         let guest = AnyGuest { guest, held: false };
-        Self { spec, machine, guest, words, clients, programs, history, confined: Confine::No }
+        Self { spec, machine, guest, words, clients, backends, programs, history, confined: Confine::No }
     }
 
     /// Gives up what is not needed while the guest runs, if the machine is to be confined.
@@ -150,8 +160,12 @@ impl Vmm {
                 return Ok(After::Go);
             }
             Request::Update(update) => return self.update(client, &update, fd),
+            Request::Console => {
+                self.attach(client);
+                return Ok(After::Go);
+            }
             Request::Stop => {
-                self.clients.tell_waiting(&Answer::Stopped);
+                self.tell_of_end(&Answer::Stopped);
                 self.clients.tell(client, &Answer::Stopped);
                 return Ok(After::End);
             }
@@ -160,7 +174,26 @@ impl Vmm {
         Ok(After::Go)
     }
 
+    fn attach(&mut self, client: ClientId) {
+        if self.spec.guest == GuestKind::Thread {
+            let answer = Answer::Error("a guest that is a thread has no serial line".to_owned());
+            return self.clients.tell(client, &answer);
+        }
+        if let Some(channel) = self.clients.take(client) {
+            self.backends.console.attach(channel);
+        }
+    }
+
+    /// Tells all who wait for the guest's end, and its consoles.
+    fn tell_of_end(&self, answer: &Answer) {
+        self.backends.console.tell(answer);
+        self.clients.tell_waiting(answer);
+    }
+
     fn check(&mut self, client: ClientId) -> Answer {
+        let Some(words) = self.words.clone() else {
+            return Answer::Error("this guest does not check its memory: pulse alone does".to_owned());
+        };
         if self.guest.held {
             return Answer::Error("the guest is paused, and checks nothing: resume it first".to_owned());
         }
@@ -168,7 +201,7 @@ impl Vmm {
         let mut progress = |what: &str, done, of| {
             clients.tell(client, &Answer::Progress { what: what.to_owned(), done, of });
         };
-        match measure::check(&mut self.guest, &self.words, &mut progress) {
+        match measure::check(&mut self.guest, &words, &mut progress) {
             Ok(report) => Answer::Check(report),
             Err(error) => Answer::Error(format!("cannot check the guest: {error:#}")),
         }
@@ -214,12 +247,12 @@ impl Vmm {
         match then {
             Then::Keep => Ok(After::Go),
             Then::Stop => {
-                self.clients.tell_waiting(&Answer::Ended(end));
+                self.tell_of_end(&Answer::Ended(end));
                 Ok(After::End)
             }
             Then::Restart => {
                 if let Err(error) = self.restart() {
-                    self.clients.tell_waiting(&Answer::Error(format!("cannot restart the guest: {error:#}")));
+                    self.tell_of_end(&Answer::Error(format!("cannot restart the guest: {error:#}")));
                     return Err(error.context("cannot restart the guest"));
                 }
                 Ok(After::Go)
@@ -228,14 +261,14 @@ impl Vmm {
     }
 
     fn restart(&mut self) -> anyhow::Result<()> {
-        self.guest.guest = first::boot_again(&self.spec, &self.machine)?;
+        self.guest.guest = first::boot_again(&self.spec, &self.machine, &self.backends)?;
         if self.guest.held { Ok(()) } else { Ok(self.guest.guest.start()?) }
     }
 
     fn status(&self) -> Status {
         let memory = &self.machine.memories()[0];
-        let mailboxes = self.words.mailboxes().ok();
-        let mailboxes = mailboxes.as_ref();
+        let mailboxes = self.words.as_ref().map(|words| words.mailboxes().ok());
+        let mailboxes = mailboxes.as_ref().map(Option::as_ref);
         let failure = self.guest.failure();
         Status {
             name: self.spec.name.clone(),
@@ -255,10 +288,12 @@ impl Vmm {
             page_size: memory.page_bytes,
             huge_bytes: memory.inode.mapping().huge_bytes().unwrap_or_default(),
             huge_refused: memory.account.and_then(|account| account.refused),
-            ticks: mailboxes.map_or(0, Mailboxes::ticks),
-            passes: mailboxes.map_or(0, Mailboxes::passes),
-            errors: mailboxes.map_or(0, Mailboxes::errors),
+            ticks: mailboxes.map(|all| all.map_or(0, Mailboxes::ticks)),
+            passes: mailboxes.map(|all| all.map_or(0, Mailboxes::passes)),
+            errors: mailboxes.map(|all| all.map_or(0, Mailboxes::errors)),
             failure,
+            devices: self.guest.guest.devices(&self.spec),
+            consoles: self.backends.console.attached(),
             confined: self.confined,
         }
     }

@@ -17,6 +17,7 @@ use socket::Timeouts;
 use tracing::debug;
 use tracing::warn;
 
+use crate::backends::Backends;
 use crate::clients::Clients;
 use crate::confine::Confine;
 use crate::control::Answer;
@@ -27,6 +28,7 @@ use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::kvm_guest;
 use crate::kvm_guest::KvmGuest;
+use crate::kvm_guest::Setup;
 use crate::measure;
 use crate::measure::Before;
 use crate::serve::History;
@@ -52,7 +54,8 @@ pub enum Start {
 /// # Errors
 /// If the machine was not taken over, which leaves the guest in the predecessor; or if it was, and the guest is lost.
 pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -> anyhow::Result<()> {
-    let formats: Vec<&str> = kvm_guest::FORMATS.into_iter().chain(thread_guest::FORMATS).collect();
+    let of_guests = kvm_guest::FORMATS.into_iter().chain(thread_guest::FORMATS);
+    let formats: Vec<&str> = of_guests.chain(devices::FORMATS).collect();
     let successor = match start {
         Start::Started => Successor::from_stdin(&formats, timeouts)?,
         Start::Connect(path) => Successor::connect(path, &formats, timeouts)?,
@@ -93,6 +96,7 @@ fn serve(mut vmm: Vmm) -> anyhow::Result<()> {
 struct Prepared {
     told: Told,
     clients: Clients,
+    backends: Arc<Backends>,
     guest: Box<dyn Served>,
 }
 
@@ -100,6 +104,7 @@ impl Prepared {
     fn make(incoming: &mut Incoming, told: &serde_json::Value) -> anyhow::Result<Self> {
         let told = Told::deserialize(told).context("cannot read what the predecessor tells")?;
         let clients = Clients::adopt(incoming.fds(), &told.clients, told.spec.socket.as_deref())?;
+        let backends = Arc::new(Backends::adopt(&told.spec, incoming.fds(), &told.consoles)?);
         let [memory] = incoming.memories() else {
             bail!(
                 "this VMM gives a guest one piece of memory, the machine has {}",
@@ -110,36 +115,38 @@ impl Prepared {
         let health = Health::well()?;
         let guest: Box<dyn Served> = match told.spec.guest {
             GuestKind::Kvm => {
-                let identity = incoming.identity();
-                Box::new(KvmGuest::prepare(memory, identity, vcpus, &told.before_pause, health)?)
+                let (spec, identity) = (&told.spec, incoming.identity());
+                let setup = Setup { spec, memory, identity, backends: &backends, health };
+                Box::new(KvmGuest::prepare(&setup, vcpus, &told.before_pause)?)
             }
             GuestKind::Thread => Box::new(ThreadGuest::prepare(memory, vcpus, health)?),
         };
-        Ok(Self { told, clients, guest })
+        Ok(Self { told, clients, backends, guest })
     }
 
     /// Lets the guest run, whose machine is this process's now.
-    fn start(&mut self, machine: &Machine) -> anyhow::Result<(MemoryWords, Before)> {
-        let words = MemoryWords(Arc::clone(machine.memories()[0].inode.mapping()));
-        let before = Before::look(&words, self.told.probe);
-        if !self.told.held {
-            self.guest.start().context("the guest is lost")?;
+    fn start(&mut self, machine: &Machine) -> anyhow::Result<(Option<MemoryWords>, Before)> {
+        let words = MemoryWords::of(&self.told.spec, machine);
+        let before = Before::look(words.as_ref(), self.told.probe);
+        match self.told.held {
+            false => self.guest.start().context("the guest is lost")?,
+            true => self.guest.attend(),
         }
         self.clients.own();
         Ok((words, before))
     }
 
     /// What was seen of the guest since.
-    fn seen(&self, words: &MemoryWords, before: Before) -> measure::Told {
+    fn seen(&self, words: Option<&MemoryWords>, before: Before) -> measure::Told {
         measure::after_update(words, before, (!self.told.held).then_some(&*self.guest))
     }
 
-    fn serve(self, machine: Machine, words: MemoryWords, updated: bool) -> Vmm {
-        let Self { told, clients, guest } = self;
+    fn serve(self, machine: Machine, words: Option<MemoryWords>, updated: bool) -> Vmm {
+        let Self { told, clients, backends, guest } = self;
         let guest = AnyGuest { guest, held: told.held };
         let history = History { updates: told.history.updates + u64::from(updated), ..told.history };
         let Told { spec, programs, .. } = told;
-        Vmm { spec, machine, guest, words, clients, programs, history, confined: Confine::No }
+        Vmm { spec, machine, guest, words, clients, backends, programs, history, confined: Confine::No }
     }
 }
 
@@ -151,7 +158,7 @@ fn take_over(handed: Handed, mut prepared: Prepared, observer: &mut dyn Observer
     }
     let running = handed.run(observer)?;
     let (words, before) = prepared.start(running.machine())?;
-    let tell = || serde_json::to_value(prepared.seen(&words, before)).unwrap_or_default();
+    let tell = || serde_json::to_value(prepared.seen(words.as_ref(), before)).unwrap_or_default();
     let machine = match running.settle(observer, tell) {
         Ok(machine) => machine,
         Err(unsettled) => {
@@ -180,7 +187,7 @@ fn go_on(number: RawFd, observer: &mut dyn Observer) -> anyhow::Result<Vmm> {
     };
     let (words, before) = prepared.start(running.machine())?;
     drop(way_back);
-    let seen = prepared.seen(&words, before);
+    let seen = prepared.seen(words.as_ref(), before);
     let (machine, report, settled) = running.settle(observer);
     if let Err(error) = settled {
         unsettled_yet(&error);

@@ -25,7 +25,9 @@ use pulse::ports::POWER_PORT;
 use pulse::ports::RESET_PORT;
 use region::PageSize;
 
+use crate::control::DeviceStatus;
 use crate::control::GuestKind;
+use crate::control::MachineSpec;
 use crate::guest;
 use crate::guest::End;
 use crate::guest::GuestError;
@@ -352,6 +354,12 @@ impl Served for ThreadGuest {
     fn health(&self) -> &Health {
         &self.health
     }
+
+    fn devices(&self, _: &MachineSpec) -> Vec<DeviceStatus> {
+        Vec::new()
+    }
+
+    fn attend(&self) {}
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The predecessor's side of an update.
 
 use std::os::fd::AsFd as _;
+use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process;
@@ -11,6 +12,7 @@ use anyhow::bail;
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::Listener;
+use machine::FdName;
 use machine::update::Guest as _;
 use machine::update::Step;
 use socket::LinkError;
@@ -23,7 +25,9 @@ use socket::Timeouts;
 use tracing::debug;
 use tracing::info;
 
+use crate::backends::Backends;
 use crate::clients::ClientId;
+use crate::clients::Clients;
 use crate::confine::Confine;
 use crate::control::Answer;
 use crate::control::Carrier;
@@ -31,6 +35,7 @@ use crate::control::Source;
 use crate::control::UpdateOutcome;
 use crate::control::UpdateReport;
 use crate::control::UpdateRequest;
+use crate::guest::MemoryWords;
 use crate::measure;
 use crate::serve::After;
 use crate::serve::Told;
@@ -51,6 +56,19 @@ fn timeouts(request: &UpdateRequest) -> Timeouts {
         prepare: Duration::from_millis(request.prepare_timeout_ms),
         hand_over: Duration::from_millis(request.timeout_ms),
     }
+}
+
+/// Consoles of the machine, each with its number.
+type Consoles = Vec<(u32, FdName, OwnedFd)>;
+
+/// What goes with the machine beside its memory.
+fn fds<'a>(
+    clients: &'a Clients,
+    backends: &'a Backends,
+    consoles: &'a Consoles,
+) -> anyhow::Result<Vec<(FdName, BorrowedFd<'a>)>> {
+    let consoles = consoles.iter().map(|(_, name, fd)| (*name, fd.as_fd()));
+    Ok(clients.fds().into_iter().chain(backends.fds()?).chain(consoles).collect())
 }
 
 impl Vmm {
@@ -75,7 +93,12 @@ impl Vmm {
         })
     }
 
-    fn told(&self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<serde_json::Value> {
+    fn told(
+        &self,
+        client: ClientId,
+        request: &UpdateRequest,
+        consoles: &Consoles,
+    ) -> anyhow::Result<serde_json::Value> {
         let told = Told {
             spec: self.spec.clone(),
             before_pause: self.guest.guest.before_pause(),
@@ -83,11 +106,16 @@ impl Vmm {
             probe: request.probe,
             held: self.guest.held,
             clients: self.clients.modes(),
+            consoles: consoles.iter().map(|(number, ..)| *number).collect(),
             asked_by: client,
             programs: self.programs.clone(),
             history: self.history,
         };
         Ok(serde_json::to_value(told)?)
+    }
+
+    fn consoles(&self) -> anyhow::Result<Consoles> {
+        self.backends.console.fds().context("cannot have the consoles go with the machine")
     }
 
     /// The guest runs on here, for a reason that came before anything was tried.
@@ -104,18 +132,18 @@ impl Vmm {
     ) -> anyhow::Result<After> {
         let timeouts = timeouts(request);
         let ready = || -> anyhow::Result<_> {
-            let found = self.successor(request, passed, timeouts)?;
+            let (channel, started) = self.successor(request, passed, timeouts)?;
             self.guest.guest.before_freeze()?;
-            Ok(found)
+            Ok((channel, started, self.consoles()?))
         };
-        let (channel, started) = match ready() {
+        let (channel, started, consoles) = match ready() {
             Ok(found) => found,
             Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
         };
         let offer = Offer {
             formats: self.guest.guest.formats(),
-            fds: self.clients.fds(),
-            vmm: self.told(client, request)?,
+            fds: fds(&self.clients, &self.backends, &consoles)?,
+            vmm: self.told(client, request, &consoles)?,
             timeouts,
         };
         let mut observer = |step: Step| debug!(%step, "predecessor");
@@ -143,13 +171,17 @@ impl Vmm {
 
     /// Executes the successor's program, once it has shown in a process of its own that it can run the machine.
     fn execute(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<After> {
-        let program = match self.rehearsed(client, request) {
-            Ok(program) => program,
+        let rehearsed = self.consoles().and_then(|consoles| {
+            let program = self.rehearsed(client, request, &consoles)?;
+            Ok((program, consoles))
+        });
+        let (program, consoles) = match rehearsed {
+            Ok(rehearsed) => rehearsed,
             Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
         };
         let offer = exec::Offer {
-            fds: self.clients.fds(),
-            vmm: self.told(client, request)?,
+            fds: fds(&self.clients, &self.backends, &consoles)?,
+            vmm: self.told(client, request, &consoles)?,
             arguments: GO_ON.map(str::to_owned).to_vec(),
         };
         let mut observer = |step: Step| debug!(%step, "program before");
@@ -162,14 +194,19 @@ impl Vmm {
         Ok(After::Go)
     }
 
-    fn rehearsed(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<Program> {
+    fn rehearsed(
+        &mut self,
+        client: ClientId,
+        request: &UpdateRequest,
+        consoles: &Consoles,
+    ) -> anyhow::Result<Program> {
         let program = self.program(&request.successor)?;
         self.guest.guest.before_freeze()?;
         let (channel, started) = program.start(SUCCEED)?;
         let offer = Offer {
             formats: self.guest.guest.formats(),
-            fds: self.clients.fds(),
-            vmm: self.told(client, &UpdateRequest { populate: false, ..request.clone() })?,
+            fds: fds(&self.clients, &self.backends, consoles)?,
+            vmm: self.told(client, &UpdateRequest { populate: false, ..request.clone() }, consoles)?,
             timeouts: timeouts(request),
         };
         let mut observer = |step: Step| debug!(%step, "rehearsal");
@@ -189,7 +226,7 @@ impl Vmm {
     }
 
     fn rolled_back(&self, reason: String, pause_us: Option<f64>) -> UpdateReport {
-        let ticks = self.words.ticks();
+        let ticks = self.words.as_ref().map(MemoryWords::ticks);
         UpdateReport {
             predecessor_pid: process::id(),
             successor_pid: None,
@@ -198,8 +235,8 @@ impl Vmm {
             pause_us,
             guest_pause_us: None,
             phases_us: std::collections::BTreeMap::new(),
-            ticks_before: ticks,
-            ticks_after: Some(ticks),
+            ticks_before: ticks.unwrap_or_default(),
+            ticks_after: ticks,
             probe: None,
         }
     }

@@ -31,10 +31,9 @@ use kvm_ioctls::VcpuExit;
 use sched::Scheduling;
 use tracing::warn;
 
-use crate::exits;
+use crate::exits::Exits;
 use crate::guest::End;
 use crate::guest::GuestError;
-use crate::guest::Health;
 use crate::guest::STOP_TIMEOUT;
 use crate::guest::below;
 
@@ -86,7 +85,7 @@ impl VcpuThread {
     pub(crate) fn start(
         name: String,
         vcpu: Vcpu,
-        health: Health,
+        exits: Arc<Exits>,
         scheduling: Option<Scheduling>,
     ) -> Result<Self, GuestError> {
         let saver = Saver::prepare(&vcpu).map_err(below("prepare to save the vCPU"))?;
@@ -103,7 +102,7 @@ impl VcpuThread {
             unfinished: None,
             may_run: Arc::clone(&may_run),
             moments: Arc::clone(&moments),
-            health,
+            exits,
             answer,
         };
         let thread = thread::Builder::new().name(name.clone()).spawn({
@@ -276,7 +275,7 @@ pub(crate) struct Hand {
     /// kick may arrive when its stop was called off.
     may_run: Arc<AtomicBool>,
     moments: Arc<Moments>,
-    health: Health,
+    exits: Arc<Exits>,
     answer: Sender<Reply>,
 }
 
@@ -301,7 +300,7 @@ impl Hand {
         if let Some(state) = self.unfinished.take()
             && let Err(error) = self.loader.finish(&mut self.vcpu, &state)
         {
-            self.health.end(End::Crashed(format!("cannot finish loading the vCPU: {error}")));
+            self.exits.health.end(End::Crashed(format!("cannot finish loading the vCPU: {error}")));
         } else {
             self.run_until_stopped();
         }
@@ -311,14 +310,14 @@ impl Hand {
     fn run_until_stopped(&mut self) {
         self.moments.entered_ns.store(monotonic_ns(), Ordering::Release);
         while self.may_run.load(Ordering::SeqCst) {
-            let stopped = self.vcpu.run(|exit: VcpuExit<'_>| exits::handle(exit));
+            let stopped = self.vcpu.run(|exit: VcpuExit<'_>| self.exits.handle(exit));
             self.moments.stopped_ns.store(monotonic_ns(), Ordering::Release);
             let end = match stopped {
                 Ok(Stopped::Kicked) => continue,
                 Ok(Stopped::Broke(end)) => end,
                 Err(error) => End::Crashed(error.to_string()),
             };
-            self.health.end(end);
+            self.exits.health.end(end);
             return;
         }
     }

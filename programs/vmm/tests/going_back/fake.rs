@@ -21,8 +21,14 @@ use serde_json::json;
 
 /// How long the VMM may take to say something.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Formats of the states of both guests.
-const GUESTS: [&str; 3] = ["tideover-pulse-walk-v1", "tideover-kvm-vm-v1", "tideover-kvm-vcpu-v1"];
+/// Formats of the states of both guests, but for those of devices.
+pub(crate) const GUESTS: [&str; 5] = [
+    "tideover-pulse-walk-v1",
+    "tideover-kvm-vm-v1",
+    "tideover-kvm-vcpu-v1",
+    "tideover-devices-v1",
+    "tideover-console-v1",
+];
 
 pub(crate) fn bytes(message: &Value) -> Vec<u8> {
     message.to_string().into_bytes()
@@ -30,8 +36,8 @@ pub(crate) fn bytes(message: &Value) -> Vec<u8> {
 
 /// The first message of a successor that can read everything.
 pub(crate) fn hello() -> Value {
-    let reads: Vec<String> =
-        socket::readable_formats().into_iter().chain(GUESTS.map(str::to_owned)).collect();
+    let own = GUESTS.into_iter().chain(devices::FORMATS).map(str::to_owned);
+    let reads: Vec<String> = socket::readable_formats().into_iter().chain(own).collect();
     json!({
         "message": "hello",
         "protocol": socket::PROTOCOL,

@@ -167,6 +167,14 @@ fn a_successor_of_other_formats_is_refused(guest: GuestKind) {
     assert!(format!("{:#}", anyhow::Error::new(error)).contains("formats that you cannot read: tideover-"));
     let report = rig.update_report();
     rig.assert_rolled_back(&report, pid, Duration::ZERO, &["the successor cannot read tideover-"]);
+    if guest == GuestKind::Kvm {
+        // One that knows the guest, and none of its devices.
+        let error = Successor::connect(&rig.listen_long(), &fake::GUESTS, Timeouts::default());
+        let refused = "formats that you cannot read: tideover-power-v1, tideover-serial-v1";
+        assert!(format!("{:#}", anyhow::Error::new(error.expect_err("a refusal"))).contains(refused));
+        let reason = "the successor cannot read tideover-power-v1, tideover-serial-v1";
+        rig.assert_rolled_back(&rig.update_report(), pid, Duration::ZERO, &[reason]);
+    }
     the_successor_refuses_by_itself();
     rig.assert_runs_in(pid);
 }

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -30,10 +31,12 @@ use serde_json::json;
 use socket::Offer;
 use socket::Outcome;
 use socket::Timeouts;
+use tideover_vmm::Backends;
 use tideover_vmm::Health;
 use tideover_vmm::KvmGuest;
 use tideover_vmm::NewVm;
 use tideover_vmm::Served;
+use tideover_vmm::Setup;
 use tideover_vmm::Start;
 use tideover_vmm::ThreadGuest;
 use tideover_vmm::control::GuestKind;
@@ -266,7 +269,7 @@ fn alone(folder: &Path) -> anyhow::Result<()> {
     let vcpus = told.spec.vcpus;
     let of_each = |name: &str| (0..vcpus).map(|vcpu| format!("{name}{vcpu}")).collect();
     let states: Vec<String> = match told.spec.guest {
-        GuestKind::Kvm => [vec!["vm".to_owned()], of_each("vcpu")].concat(),
+        GuestKind::Kvm => [vec!["vm".to_owned(), "devices".to_owned()], of_each("vcpu")].concat(),
         GuestKind::Thread => of_each("walk"),
     };
     let spec = Spec {
@@ -277,14 +280,17 @@ fn alone(folder: &Path) -> anyhow::Result<()> {
     };
     let machine = Machine::create(&spec, &mut |_, _| {})?;
     let memory = &machine.memories()[0].inode;
+    let backends = Arc::new(Backends::open(&told.spec)?);
+    let (identity, health) = (machine.identity(), Health::well()?);
     match told.spec.guest {
         GuestKind::Kvm => {
-            let guest = KvmGuest::first(NewVm::make()?, memory, machine.identity(), vcpus, Health::well()?)?;
-            hand_over(&told, machine, guest, control)
+            let setup = Setup { spec: &told.spec, memory, identity, backends: &backends, health };
+            let guest = KvmGuest::first(NewVm::make()?, &setup)?;
+            hand_over(&told, machine, guest, backends, control)
         }
         GuestKind::Thread => {
-            let guest = ThreadGuest::first(memory, vcpus, Health::well()?)?;
-            hand_over(&told, machine, guest, control)
+            let guest = ThreadGuest::first(memory, vcpus, health)?;
+            hand_over(&told, machine, guest, backends, control)
         }
     }
 }
@@ -293,6 +299,7 @@ fn hand_over<G: Served + 'static>(
     told: &First,
     mut machine: Machine,
     mut guest: G,
+    backends: Arc<Backends>,
     control: Channel,
 ) -> anyhow::Result<()> {
     guest.start()?;
@@ -322,7 +329,7 @@ fn hand_over<G: Served + 'static>(
         Outcome::RolledBack { reason, .. } => {
             eprintln!("{} rolled back: {:#}", std::process::id(), anyhow::Error::new(reason));
             let spec = told.spec.clone();
-            tideover_vmm::serve(spec, machine, Box::new(guest), control, told.programs.clone())
+            tideover_vmm::serve(spec, machine, Box::new(guest), backends, control, told.programs.clone())
         }
     }
 }
