@@ -2,83 +2,22 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
 mod confined;
+mod console;
+mod devices;
+mod host;
+mod kernel;
 
-use std::path::PathBuf;
 use std::process::Command;
-use std::process::Output;
 use std::process::Stdio;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
-use fdpass::Deadline;
 use serde_json::Value;
 use vmm::control::Answer;
 use vmm::control::Client;
 use vmm::control::Request;
 
-/// A user's directory of machines. All that are left end when it is dropped.
-struct Host {
-    directory: PathBuf,
-}
-
-impl Host {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let directory = std::env::temp_dir().join(format!("tideover-host-{}-{number}", std::process::id()));
-        Self { directory }
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tideover"));
-        command.args(arguments).env("TIDEOVER_DIR", &self.directory).stdin(Stdio::null());
-        command
-    }
-
-    fn tideover(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    /// Runs a verb that has to succeed, and gives its JSON.
-    #[track_caller]
-    fn json(&self, arguments: &[&str]) -> Value {
-        let output = self.tideover(&[arguments, &["--json"]].concat());
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        serde_json::from_slice(&output.stdout).unwrap()
-    }
-
-    /// Runs a verb that has to end with `code`, and gives what it says on standard error.
-    #[track_caller]
-    fn fails(&self, code: i32, arguments: &[&str]) -> String {
-        let output = self.tideover(arguments);
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    /// A small machine whose guest is a thread.
-    fn run(&self, name: &str) -> Value {
-        self.json(&["run", name, "--memory", "8MiB", "--guest", "thread", "--page-size", "4KiB"])
-    }
-
-    fn client(&self, name: &str) -> Client {
-        let socket = self.directory.join(format!("{name}.sock"));
-        let soon = Deadline::after(Duration::from_secs(10));
-        Client::new(fdpass::connect(&socket, soon).unwrap()).with_patience(Duration::from_secs(20))
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let output = self.tideover(&["ls", "--json"]);
-        let machines: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        for machine in machines {
-            self.tideover(&["stop", machine["name"].as_str().unwrap_or_default()]);
-        }
-        let _ = std::fs::remove_dir_all(&self.directory);
-    }
-}
+use host::Host;
 
 fn ask(client: &Client, request: &Request) -> Answer {
     client.ask(request, &mut |_, _, _| {}).unwrap()
