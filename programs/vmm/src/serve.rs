@@ -133,12 +133,17 @@ impl Vmm {
     }
 
     pub(crate) fn obey(mut self) -> anyhow::Result<()> {
+        // The bell goes on ringing. That the guest has ended is not enough to stop listening: it may have ended while
+        // something else was done.
+        let mut heard = false;
         loop {
-            let ended = self.guest.guest.health().ended().is_some();
-            let bell = (!ended).then(|| self.guest.guest.health().as_fd());
+            let bell = (!heard).then(|| self.guest.guest.health().as_fd());
             let after = match self.clients.wait(bell)? {
                 Came::Request(client, request, fd) => self.act(client, request, fd)?,
-                Came::Bell => self.ended()?,
+                Came::Bell => {
+                    heard = true;
+                    self.ended(&mut heard)?
+                }
                 // Nobody is left who could end the guest: it must not run for ever.
                 Came::Nobody => After::End,
             };
@@ -233,8 +238,8 @@ impl Vmm {
         }
     }
 
-    /// The guest has ended by itself: does what was asked for that.
-    fn ended(&mut self) -> anyhow::Result<After> {
+    /// The guest has ended by itself: does what was asked for that. If it starts again, its end has not been `heard`.
+    fn ended(&mut self, heard: &mut bool) -> anyhow::Result<After> {
         let Some(end) = self.guest.guest.health().ended() else { return Ok(After::Go) };
         warn!(%end, "the guest has ended");
         // The others must not run on without one of them.
@@ -255,6 +260,7 @@ impl Vmm {
                     self.tell_of_end(&Answer::Error(format!("cannot restart the guest: {error:#}")));
                     return Err(error.context("cannot restart the guest"));
                 }
+                *heard = false;
                 Ok(After::Go)
             }
         }
