@@ -28,7 +28,7 @@ pub use crate::guest::End;
 pub enum GuestKind {
     /// A VM of KVM.
     Kvm,
-    /// A thread of the VMM.
+    /// Threads of the VMM, one for each vCPU.
     Thread,
 }
 
@@ -578,6 +578,15 @@ mod tests {
         drop(theirs);
         let error = Client::new(ours).ask(&Request::Status, &mut |_, _, _| {}).unwrap_err();
         assert_eq!(error.to_string(), "no room");
+    }
+
+    #[test]
+    fn a_machine_that_says_nothing_of_vcpus_has_one() {
+        let spec = MachineSpec { vcpus: 3, ..MachineSpec::new("m", 8 << 20, GuestKind::Thread) };
+        let mut json = serde_json::to_value(spec).unwrap();
+        assert_eq!(json["vcpus"], 3);
+        json.as_object_mut().unwrap().remove("vcpus");
+        assert_eq!(serde_json::from_value::<MachineSpec>(json).unwrap().vcpus, 1);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 mod confined;
 mod console;
 mod devices;
+mod ended;
 mod host;
 mod kernel;
 
