@@ -373,6 +373,9 @@ pub(crate) enum Life {
         /// The machine, as JSON.
         #[arg(long)]
         spec: String,
+        /// Tell whoever starts this of the guest's end.
+        #[arg(long)]
+        waits: bool,
         /// Another program that the machine may be updated to.
         #[arg(long)]
         allow_program: Vec<PathBuf>,

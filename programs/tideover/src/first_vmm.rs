@@ -102,6 +102,14 @@ pub(crate) fn flags(detach: bool, confine: Confine) -> impl Iterator<Item = &'st
     detach.into_iter().chain((confine != Confine::No).then_some("--confine"))
 }
 
+/// What became of a machine that was started.
+pub(crate) enum Begun {
+    /// Its guest is at work.
+    Runs(Box<Status>),
+    /// It is over: how, in the VMM's words.
+    Over(Answer),
+}
+
 /// The VMM that makes the machine. Unless it is [let go](FirstVmm::let_go), it and its successors end when this is
 /// dropped.
 pub(crate) struct FirstVmm {
@@ -111,17 +119,21 @@ pub(crate) struct FirstVmm {
 
 impl FirstVmm {
     /// Starts it. With a log it is on its own: in a session of its own, and what it says goes there.
-    /// The machine may be updated to `allowed`, too.
+    /// The machine may be updated to `allowed`, too. If we wait for the guest's end we are told of it.
     pub(crate) fn start(
         program: &Path,
         spec: &MachineSpec,
         allowed: &[PathBuf],
+        waits: bool,
         log: Option<File>,
     ) -> anyhow::Result<Self> {
         let (ours, theirs) = Channel::pair()?;
         let mut command = Command::new(program);
         command.arg("vmm").args(flags(log.is_some(), spec.confine));
         command.args(["run", "--spec", &serde_json::to_string(spec)?]);
+        if waits {
+            command.arg("--waits");
+        }
         for program in allowed {
             command.arg("--allow-program").arg(program);
         }
@@ -140,17 +152,25 @@ impl FirstVmm {
 
     /// Waits for the machine to be made; the guest has to have begun its work.
     pub(crate) fn await_status(&self, bar: &Bar) -> anyhow::Result<Status> {
+        match self.await_begin(bar)? {
+            Begun::Runs(status) => Ok(*status),
+            Begun::Over(answer) => bail!("unexpected answer to status: {answer:?}"),
+        }
+    }
+
+    /// The same of a guest whose end we wait for: it may have come already.
+    pub(crate) fn await_begin(&self, bar: &Bar) -> anyhow::Result<Begun> {
         loop {
             match self.client()?.ask(&Request::Status, &mut |what, done, of| bar.at(what, done, of))? {
                 // A guest that does not count is not waited for.
                 Answer::Status(status) if status.ticks != Some(0) || status.failure.is_some() => {
                     return match status.failure {
                         Some(why) => bail!("{why}"),
-                        None => Ok(*status),
+                        None => Ok(Begun::Runs(status)),
                     };
                 }
                 Answer::Status(_) => std::thread::sleep(Duration::from_millis(1)),
-                other => bail!("unexpected answer to status: {other:?}"),
+                over => return Ok(Begun::Over(over)),
             }
         }
     }

@@ -38,6 +38,7 @@ use socket::Timeouts;
 use crate::cli;
 use crate::demo;
 use crate::first_vmm;
+use crate::first_vmm::Begun;
 use crate::first_vmm::FirstVmm;
 use crate::machines;
 use crate::progress::Bar;
@@ -96,16 +97,21 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
     let file = machines::log(&directory, &arguments.name)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let bar = Bar::new();
-    let mut vmm = FirstVmm::start(&program, &spec, &arguments.allow_program, Some(file))?;
-    let status = vmm.await_status(&bar).map_err(|error| vmm.explain(error));
-    let status = status.with_context(|| format!("cannot start machine {}", arguments.name))?;
+    let mut vmm =
+        FirstVmm::start(&program, &spec, &arguments.allow_program, arguments.foreground, Some(file))?;
+    let begun = vmm.await_begin(&bar).map_err(|error| vmm.explain(error));
+    let begun = begun.with_context(|| format!("cannot start machine {}", arguments.name))?;
     bar.done();
+    let status = match begun {
+        Begun::Runs(status) => status,
+        Begun::Over(how) => return ended(how),
+    };
     match arguments.json {
         true => say_json(&status)?,
         false => say(&format!("{}\n", sentence(&status)))?,
     }
     let client = vmm.let_go()?;
-    if arguments.foreground { wait(&client) } else { Ok(ExitCode::SUCCESS) }
+    if arguments.foreground { ended(client.answer(&mut |_, _, _| {})?) } else { Ok(ExitCode::SUCCESS) }
 }
 
 /// Refuses what this guest does not have.
@@ -141,11 +147,6 @@ fn linux_spec(arguments: &cli::Run) -> anyhow::Result<Option<LinuxSpec>> {
     let Some(kernel) = &arguments.kernel else { return Ok(None) };
     let initrd = arguments.initrd.as_deref().map(absolute).transpose()?;
     Ok(Some(LinuxSpec { kernel: absolute(kernel)?, initrd, command_line: arguments.cmdline.clone() }))
-}
-
-/// Waits for the guest's end, and says how it was.
-fn wait(client: &Client) -> anyhow::Result<ExitCode> {
-    ended(ask(client, &Request::Wait)?)
 }
 
 /// What the end of a machine comes to.

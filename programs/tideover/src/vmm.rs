@@ -21,10 +21,10 @@ pub(crate) fn vmm(arguments: Vmm) -> anyhow::Result<ExitCode> {
         ::vmm::confine::give_up_rights()?;
     }
     match arguments.life {
-        Life::Run { spec, allow_program } => {
+        Life::Run { spec, waits, allow_program } => {
             // By default a machine is updated to the program at the path that it was started from.
             let programs = [socket::Program::this_path()?].into_iter().chain(allow_program).collect();
-            ::vmm::run(&serde_json::from_str(&spec)?, programs)?;
+            ::vmm::run(&serde_json::from_str(&spec)?, programs, waits)?;
         }
         Life::Succeed { connect, handoff } => {
             let start =

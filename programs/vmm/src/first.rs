@@ -18,6 +18,7 @@ use region::Policy;
 
 use crate::backends::Backends;
 use crate::clients::Clients;
+use crate::clients::Mode;
 use crate::control;
 use crate::control::Answer;
 use crate::control::GuestKind;
@@ -36,19 +37,23 @@ use crate::thread_guest::ThreadGuest;
 
 /// Makes the machine, starts its guest, and serves: the control channel is this process's standard input. If the
 /// machine cannot be made, the first request is answered by an [`Answer::Error`]. `programs` are what the machine may be
-/// updated to.
+/// updated to. Whoever is at the other end of the control channel is told of the guest's end if it `waits` for that, as
+/// if it had asked before the guest could end.
 ///
 /// # Errors
 /// If the machine cannot be made, or its guest is lost.
-pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
+pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>, waits: bool) -> anyhow::Result<()> {
     let control =
         Channel::from_stdin().context("a VMM is started with its control channel as standard input")?;
     // The socket first: a name that is taken is no reason to make memory.
     let clients = Clients::first(control, spec.socket.as_deref());
-    let clients = match clients {
+    let mut clients = match clients {
         Ok(clients) => clients,
         Err((error, control)) => return control::send(&control, &Answer::Error(format!("{error:#}"))),
     };
+    if waits {
+        clients.set_mode(Clients::MAKER, Mode::Waits);
+    }
     match make(spec, &clients) {
         Ok((machine, guest, backends)) => {
             let mut vmm = Vmm::new(spec.clone(), machine, guest, clients, backends, programs);

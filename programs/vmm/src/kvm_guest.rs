@@ -44,6 +44,7 @@ use crate::exits::Exits;
 use crate::guest;
 use crate::guest::GuestError;
 use crate::guest::Health;
+use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::guest::below;
 use crate::vcpu_thread::VcpuThread;
@@ -229,7 +230,7 @@ impl KvmGuest {
         }
         match setup.backends.linux.as_ref().zip(setup.spec.linux.as_ref()) {
             Some((files, linux)) => boot_linux(&parts.vcpus, files, linux, setup)?,
-            None => boot_pulse(&parts.vcpus, Vectors::widest(cpuid.entries()), setup.memory)?,
+            None => boot_pulse(&parts.vcpus, Vectors::widest(cpuid.entries()), setup)?,
         }
         parts.start(&cpuid, setup, Vec::new())
     }
@@ -263,16 +264,27 @@ fn set_start(vcpu: &Vcpu, start: &Start, vectors: Vectors) -> Result<(), kvm_ioc
     fd.set_mp_state(start.mp_state())
 }
 
+/// How often pulse says how far it is, and looks for input, in milliseconds.
+const LINES_MS: u64 = 1000;
+const POLL_MS: u64 = 20;
+
 /// Puts pulse into memory, and the vCPUs where they start.
-fn boot_pulse(vcpus: &[Vcpu], vectors: Vectors, memory: &Inode) -> Result<(), GuestError> {
+fn boot_pulse(vcpus: &[Vcpu], vectors: Vectors, setup: &Setup<'_>) -> Result<(), GuestError> {
+    let memory = setup.memory;
     let Some(first) = vcpus.first() else { return Err(GuestError::NoVcpus) };
-    let cycles_per_ms = first.fd().get_tsc_khz().unwrap_or_default().into();
+    let cycles_per_ms: u64 = first.fd().get_tsc_khz().unwrap_or_default().into();
     let pause_threshold_cycles = guest::pause_threshold(cycles_per_ms);
     let count = u32::try_from(vcpus.len()).map_err(below("count vCPUs"))?;
     let options = Options { vcpus: count, vectors, pause_threshold_cycles, ..Options::new(cycles_per_ms) };
     let image = Image::new(memory.size_bytes(), &options).map_err(below("lay the guest out"))?;
     for (offset, bytes) in image.pieces() {
         memory.mapping().write(offset, bytes).map_err(below("write the guest into memory"))?;
+    }
+    if setup.spec.socket.is_some() {
+        // Of a machine that has a name somebody may look at the console.
+        let words = MemoryWords(Arc::clone(memory.mapping()));
+        let mailboxes = words.mailboxes().map_err(below("read the guest's layout"))?;
+        mailboxes.first().set_console(LINES_MS * cycles_per_ms, POLL_MS * cycles_per_ms);
     }
     for (vcpu, start) in vcpus.iter().zip(image.starts()) {
         set_start(vcpu, &start, vectors).map_err(below("set registers"))?;
@@ -423,7 +435,6 @@ mod tests {
     use pulse::Command;
 
     use crate::guest::End;
-    use crate::guest::MemoryWords;
 
     use super::*;
 

@@ -211,3 +211,20 @@ fn a_terminal_gives_the_guest_every_key_and_is_as_it_was_however_it_ends() {
     console.await_text("m has ended");
     console.assert_ends(0);
 }
+
+#[test]
+fn the_reference_guest_says_how_far_it_is_and_answers_what_is_typed() {
+    harness::need!(kvm);
+    let host = Host::new();
+    host.json(&["run", "m", "--memory", "16MiB", "--guest", "kvm", "--vcpus", "2"]);
+    let mut console = Console::of(&host, "m");
+    let whole = |seen: &str| seen.matches('\n').count();
+    wait_for("a line", || (whole(&console.seen()) > 0).then_some(()));
+    for carrier in ["socket", "exec"] {
+        host.update("m", carrier);
+        let before = whole(&console.seen());
+        console.type_in("xyz");
+        wait_for("another line", || (whole(&console.seen()) > before + 1).then_some(()));
+    }
+    assert_eq!(console.seen().matches("x").count(), 2, "{:?}", console.seen());
+}

@@ -198,9 +198,8 @@ fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> anyhow::Result<T> {
 pub(crate) fn play(folder: &Path, arguments: &[String]) -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let played = match arguments[..] {
-        ["vmm", "first"] => {
-            read::<First>(folder, "first.json").and_then(|told| tideover_vmm::run(&told.spec, told.programs))
-        }
+        ["vmm", "first"] => read::<First>(folder, "first.json")
+            .and_then(|told| tideover_vmm::run(&told.spec, told.programs, false)),
         ["vmm", "alone"] => alone(folder),
         ["vmm", "succeed"] => succeed(folder, &Start::Started),
         ["vmm", "succeed", "--handoff", number] => go_on(folder, number),
