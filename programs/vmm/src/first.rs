@@ -77,6 +77,9 @@ fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<Made> {
     if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
         bail!("the guest takes 1 to {MAX_VCPUS} vCPUs, not {}", spec.vcpus);
     }
+    if spec.linux.is_some() && spec.vcpus != 1 {
+        bail!("Linux is started with one vCPU: nothing here would tell it of {}", spec.vcpus);
+    }
     if !spec.memory_bytes.is_multiple_of(PageSize::Huge.bytes()) {
         bail!("the guest needs whole 2 MiB of memory, not {} bytes", spec.memory_bytes);
     }

@@ -106,6 +106,7 @@ fn what_is_not_there_is_named_and_no_machine_is_made() {
         let said = host.fails(1, &[&thread[..], &[option, value]].concat());
         assert!(said.contains(&format!("{option} needs --guest kvm")), "{said}");
     }
+    refused(&["--kernel", kernel.path(), "--vcpus", "2"], "--vcpus");
     assert!(host.fails(2, &["run", "m", "--initrd", "x"]).contains("--kernel"));
     assert!(host.fails(2, &["run", "m", "--cmdline", "x"]).contains("--kernel"));
     assert_eq!(host.json(&["ls"]), Value::Array(Vec::new()));
