@@ -212,6 +212,7 @@ mod tests {
         }
     }
 
+    /// O1.9, O1.14.
     #[test]
     fn extents_that_cannot_be_are_refused_by_field() {
         let field = |extents: &[Extent]| read(&record(extents)).unwrap_err().field;
@@ -222,6 +223,7 @@ mod tests {
         assert_eq!(field(&[extent(0, 10, 2), extent(9, 9, 2)]), "extent pfn");
     }
 
+    /// R1.4, R2.6, O1.5.
     #[test]
     fn sizes_and_flags_that_cannot_be_are_refused_by_field() {
         let with = |change: fn(&mut GmemRecord)| {
@@ -235,6 +237,7 @@ mod tests {
     }
 
     proptest! {
+        /// O1.14.
         #[test]
         fn any_two_extents_give_an_error_or_a_record(a in any::<[u64; 3]>(), b in any::<[u64; 3]>()) {
             let place = Place::new("test", 0);

@@ -244,6 +244,20 @@ mod tests {
         memory
     }
 
+    /// H3.5.5.
+    #[test]
+    fn two_sessions_of_one_name_are_refused() {
+        let names = |names: [&'static str; 2]| {
+            let entry = |name| Session { name: SessionName::literal(name), files: vec![] }.entry(0);
+            let mut memory = memory(&Session { name: SessionName::literal("vm-a"), files: vec![file(1)] });
+            memory[3 * PAGE_BYTES..4 * PAGE_BYTES]
+                .copy_from_slice(&block::encode(&names.map(entry), &[3 * 4096])[0]);
+            Luo::read(&memory, 4096, 32).map(|luo| luo.sessions.len()).map_err(|malformed| malformed.field)
+        };
+        assert_eq!(names(["vm-a", "vm-b"]), Ok(2));
+        assert_eq!(names(["vm-a", "vm-a"]), Err("session name"));
+    }
+
     #[test]
     fn the_worked_example_has_the_kernels_bytes() {
         let ser = LuoSer::new(1, 0x1_0400_0000, 0x1_0300_0000);
@@ -292,6 +306,7 @@ mod tests {
         }
     }
 
+    /// H3.5.2, H3.5.5, P6.5.4.
     #[test]
     fn broken_states_are_refused_by_field() {
         let session = Session { name: SessionName::literal("vm-a"), files: vec![file(1), file(2)] };

@@ -90,6 +90,7 @@ impl<const N: usize> fmt::Debug for Text<N> {
 mod tests {
     use super::*;
 
+    /// L2.5.2, H3.1.7.
     #[test]
     fn a_name_has_one_byte_less_than_its_field() {
         assert_eq!(Text::<8>::new(b"1234567").unwrap().bytes(), b"1234567");
@@ -98,6 +99,7 @@ mod tests {
         assert!(Text::<8>::new(b"a\0b").is_err());
     }
 
+    /// L2.5.2.
     #[test]
     fn bytes_after_the_nul_are_ignored() {
         assert_eq!(Text::<8>::read(b"ab\0junk!").unwrap(), Text::literal("ab"));

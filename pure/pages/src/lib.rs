@@ -272,6 +272,7 @@ mod tests {
         assert_eq!(blocks(0x10003, 10), [(0x10003, 0), (0x10004, 2), (0x10008, 2), (0x1000c, 0)]);
     }
 
+    /// P6.5.7.
     #[test]
     fn one_gib_at_one_gib_is_one_block() {
         assert_eq!(blocks(1 << 18, 1 << 18), [(1 << 18, 18)]);

@@ -38,6 +38,7 @@ fn binding(slot: u32, offset_mib: u64, len_mib: u64) -> Binding {
     Binding { slot, guest_address: 0x1_0000_0000 + u64::from(slot) * 16 * MIB, offset_bytes, len_bytes }
 }
 
+/// R3.4, R3.6, R3.7, R3.8, O3.1.
 #[test]
 fn memory_is_opened_for_its_own_machine_only() {
     let inode = inode();
@@ -48,6 +49,7 @@ fn memory_is_opened_for_its_own_machine_only() {
     assert_eq!(file.bindings(), []);
 }
 
+/// R3.1.
 #[test]
 fn a_file_keeps_the_memory_that_its_maker_let_go() {
     let inode = inode();
@@ -58,6 +60,7 @@ fn a_file_keeps_the_memory_that_its_maker_let_go() {
     assert_eq!(&read, b"kept");
 }
 
+/// G5.5.8.
 #[test]
 fn a_page_has_one_place_in_a_vm() {
     harness::need!(kvm);
@@ -77,6 +80,7 @@ fn a_page_has_one_place_in_a_vm() {
     assert_eq!(file.bindings(), [binding(0, 2, 2), binding(1, 4, 4), binding(2, 0, 2)]);
 }
 
+/// G5.5.3, G5.5.5, G5.5.7, G5.5.10.
 #[test]
 fn a_binding_that_no_slot_can_be_is_refused_and_leaves_nothing() {
     harness::need!(kvm);
@@ -113,6 +117,7 @@ fn a_binding_that_no_slot_can_be_is_refused_and_leaves_nothing() {
     assert!(matches!(refused(&mut other, &mut slots, here), SlotError::Overlap { .. }));
 }
 
+/// R3.4, R4.2, G5.5.14.
 #[test]
 fn another_vm_object_sees_the_memory_at_places_of_its_own() {
     harness::need!(kvm);

@@ -42,6 +42,7 @@ fn wait_until(mut is: impl FnMut() -> bool) {
     }
 }
 
+/// G5.3.4.
 #[test]
 fn pages_are_allocated_and_punched() {
     let inode = inode(4 * MIB);
@@ -55,12 +56,14 @@ fn pages_are_allocated_and_punched() {
     assert_eq!(read, [0]);
 }
 
+/// R2.1, R2.5, R2.6, O1.5, O2.1, O2.3.
 #[test]
 fn frozen_memory_is_neither_allocated_nor_punched() {
     let inode = inode(4 * MIB);
     inode.allocate(0, MIB).unwrap();
     let freeze = inode.freeze().unwrap();
     assert!(inode.is_frozen());
+    assert_eq!(inode.flags(), flags::MMAP, "none of them says frozen");
     let name = inode.name();
     for refused in [inode.allocate(MIB, 4096), inode.allocate(0, MIB), inode.punch(0, 4096)] {
         assert!(matches!(refused, Err(ChangeError::Frozen { name: of }) if of == name), "{refused:?}");
@@ -73,6 +76,7 @@ fn frozen_memory_is_neither_allocated_nor_punched() {
     assert_eq!(present_bytes(&inode), left + 4096);
 }
 
+/// R2.1, O2.2, G5.3.5, G5.3.6, G5.3.8.
 #[test]
 fn bad_arguments_are_the_same_error_frozen_or_not() {
     let inode = inode(4 * MIB);
@@ -94,6 +98,7 @@ fn bad_arguments_are_the_same_error_frozen_or_not() {
     assert_refused();
 }
 
+/// O1.11, O2.7.
 #[test]
 fn freezes_nest_and_the_last_one_ends_it() {
     let inode = inode(4 * MIB);
@@ -119,6 +124,7 @@ fn memory_without_holes_needs_nothing_to_hold_its_faults() {
     assert!(matches!(inode.punch(0, 4096), Err(ChangeError::Frozen { .. })));
 }
 
+/// R2.2, R2.7, O1.10, L2.8.4.
 #[test]
 fn pages_that_are_there_are_read_and_written_while_frozen() {
     let inode = inode(4 * MIB);
@@ -141,6 +147,7 @@ fn sleeps(thread: &str) -> bool {
     matches!(after_name.chars().next(), Some('S' | 'D'))
 }
 
+/// R2.2, R2.3.
 #[test]
 fn a_fault_on_a_hole_parks_until_the_freeze_ends() {
     harness::need!(userfaultfd);
@@ -173,6 +180,35 @@ fn a_fault_on_a_hole_parks_until_the_freeze_ends() {
     assert_eq!(&read, b"parked");
 }
 
+/// True if the kernel hands faults on holes of the memory to a userfaultfd.
+fn faults_are_looked_at(inode: &Inode) -> bool {
+    let address = inode.mapping().host_address();
+    let holds = |line: &str| {
+        let range = line.split(' ').next()?.split_once('-')?;
+        let number = |text| usize::from_str_radix(text, 16).ok();
+        Some((number(range.0)?..number(range.1)?).contains(&address))
+    };
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let ours = maps.lines().skip_while(|line| holds(line) != Some(true));
+    let flags = ours.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+    flags.split_whitespace().any(|flag| flag == "um")
+}
+
+/// R2.8.
+#[test]
+fn faults_are_looked_at_only_while_a_freeze_stands() {
+    harness::need!(userfaultfd);
+    let inode = inode(4 * MIB);
+    inode.mapping().write(0, b"touched").unwrap();
+    assert!(!faults_are_looked_at(&inode));
+    for _ in 0..2 {
+        let freeze = inode.freeze().unwrap();
+        assert!(faults_are_looked_at(&inode));
+        drop(freeze);
+        assert!(!faults_are_looked_at(&inode));
+    }
+}
+
 /// Calls `freeze` at a moment when another thread is in the midst of allocating all of `large`. Tries anew
 /// if the thread was too fast.
 fn while_allocating(large: &Arc<Inode>, mut freeze: impl FnMut()) {
@@ -195,6 +231,7 @@ fn while_allocating(large: &Arc<Inode>, mut freeze: impl FnMut()) {
     panic!("no allocation was caught at work");
 }
 
+/// R2.4, O1.4.
 #[test]
 fn a_freeze_waits_for_an_allocation_that_is_running() {
     // One page more, so that a hole is left.
@@ -208,6 +245,7 @@ fn a_freeze_waits_for_an_allocation_that_is_running() {
     });
 }
 
+/// O2.5.
 #[test]
 fn a_freeze_does_not_wait_for_other_memory() {
     let (large, other) = (inode(LARGE_BYTES), inode(4 * MIB));
@@ -225,6 +263,7 @@ fn a_freeze_does_not_wait_for_other_memory() {
     panic!("it waited each time");
 }
 
+/// R2.4, O1.4, O2.6.
 #[test]
 fn changes_and_freezes_from_many_threads_never_meet() {
     let inode = inode(4 * MIB);

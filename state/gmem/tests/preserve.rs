@@ -68,6 +68,7 @@ fn inode_of(file: File) -> Arc<Inode> {
     file.downcast::<Inode>().unwrap()
 }
 
+/// R1.5, R1.11, R1.14, O1.8.
 #[test]
 fn memory_is_retrieved_as_it_was_preserved() {
     let Life { arena, mut kho, inode } = first_life();
@@ -91,6 +92,7 @@ fn memory_is_retrieved_as_it_was_preserved() {
     assert_eq!(&read, b"kept");
 }
 
+/// R4.2, R4.3, O1.11.
 #[test]
 fn one_memory_has_one_inode_however_often_it_is_retrieved() {
     let Life { arena, mut kho, inode } = first_life();
@@ -104,6 +106,7 @@ fn one_memory_has_one_inode_however_often_it_is_retrieved() {
     assert!(Arc::ptr_eq(&retrieved, &inode), "the one in use, so that its freeze is a freeze of both");
 }
 
+/// O1.11, H3.1.3.
 #[test]
 fn memory_is_preserved_once() {
     let Life { arena, mut kho, inode } = first_life();
@@ -117,6 +120,7 @@ fn memory_is_preserved_once() {
     assert_eq!(aliased.errno(), Errno::EBUSY, "another inode of the same frames");
 }
 
+/// R1.7, R3.7, O0.2, O1.12.
 #[test]
 fn memory_of_another_machine_is_not_preserved() {
     let Life { arena, mut kho, inode } = first_life();
@@ -130,6 +134,44 @@ fn memory_of_another_machine_is_not_preserved() {
     assert_eq!(kho.used_bytes(), used);
 }
 
+/// R1.2, O1.1, H3.1.4.
+#[test]
+fn what_is_no_guest_memory_has_no_handler() {
+    let Life { arena, mut kho, inode } = first_life();
+    let mut luo = luo(&arena, vec![]);
+    luo.create_session(SESSION).unwrap();
+    let strangers: [File; 3] = [Arc::new(7_u64), Arc::new("ram"), Arc::clone(inode.mapping()) as File];
+    for stranger in strangers {
+        assert_eq!(luo.preserve(&mut kho, SESSION, RAM, stranger).unwrap_err().errno(), Errno::ENOENT);
+    }
+    luo.preserve(&mut kho, SESSION, RAM, inode as File).unwrap();
+}
+
+/// R1.7.
+#[test]
+fn without_room_for_its_record_memory_is_not_preserved_and_can_be_later() {
+    let Life { arena, mut kho, inode } = first_life();
+    let mut luo = luo(&arena, vec![]);
+    luo.create_session(SESSION).unwrap();
+    let mut ballast = Vec::new();
+    while let Ok(page) = kho.allocate(1) {
+        ballast.push(page);
+    }
+    let used = kho.used_bytes();
+    let refused = luo.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap_err();
+    assert_eq!(refused.errno(), Errno::ENOMEM);
+    assert!(!kho.is_preserved(inode.frames()));
+    assert_eq!(kho.used_bytes(), used);
+    inode.allocate(0, MIB).unwrap();
+    inode.punch(0, MIB).unwrap();
+
+    ballast.into_iter().for_each(|page| kho.free(page));
+    kho.commit().unwrap();
+    luo.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap();
+    assert!(kho.is_preserved(inode.frames()));
+}
+
+/// R1.3.
 #[test]
 fn only_frozen_memory_is_handed_over() {
     let Life { arena, mut kho, inode } = first_life();
@@ -144,17 +186,22 @@ fn only_frozen_memory_is_handed_over() {
     assert_eq!(luo.freeze(&mut kho).unwrap_err().errno(), Errno::EBUSY);
 }
 
+/// R1.10.
 #[test]
 fn a_dropped_session_leaves_no_marks_and_no_record() {
     let Life { arena, mut kho, inode } = first_life();
     let mut luo = luo(&arena, vec![]);
     luo.publish(&mut kho).unwrap();
     let used = kho.used_bytes();
+    inode.mapping().store(MIB, 7).unwrap();
     luo.create_session(SESSION).unwrap();
     luo.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap();
     luo.publish(&mut kho).unwrap();
     luo.drop_session(&mut kho, SESSION).unwrap();
     assert!(!kho.is_preserved(inode.frames()));
+    assert_eq!(inode.mapping().load(MIB).unwrap(), 7);
+    inode.punch(MIB, 4096).unwrap();
+    assert_eq!(inode.mapping().load(MIB).unwrap(), 0, "it is memory like any other");
     luo.publish(&mut kho).unwrap();
     assert_eq!(kho.used_bytes(), used);
     luo.create_session(SESSION).unwrap();
@@ -185,11 +232,13 @@ fn finish(retrieve: bool) {
     }
 }
 
+/// R1.13, H3.6.2.
 #[test]
 fn what_was_retrieved_lives_on_after_finish_and_can_be_preserved_again() {
     finish(true);
 }
 
+/// R1.13, R3.2, R3.9.
 #[test]
 fn what_nobody_retrieved_loses_its_marks_at_finish() {
     finish(false);
@@ -221,11 +270,13 @@ fn a_record_of_whole_memory_is_retrieved() {
     assert_eq!(inode_of(retrieve(|_| {}).unwrap()).frames(), frames(4 * MIB));
 }
 
+/// R1.11, O0.2, H3.9.2.
 #[test]
 fn a_record_of_another_machine_is_refused() {
     assert_eq!(retrieve(|record| record.identity = THEIRS).unwrap_err(), Errno::EINVAL);
 }
 
+/// R1.8, O1.14.
 #[test]
 fn a_record_that_is_not_one_whole_region_is_refused() {
     let part = |offset: u64, bytes: u64| PageRange::of_bytes((1 << 30) + offset, bytes).unwrap();
@@ -246,6 +297,7 @@ fn a_record_that_is_not_one_whole_region_is_refused() {
     assert_eq!(larger, Errno::EINVAL, "a size that is not the region's");
 }
 
+/// R1.11.
 #[test]
 fn a_record_of_memory_that_is_not_preserved_is_refused() {
     let Life { arena, mut kho, inode } = first_life();
@@ -255,6 +307,7 @@ fn a_record_of_memory_that_is_not_preserved_is_refused() {
     assert_eq!(refused.unwrap_err().errno(), Errno::EINVAL);
 }
 
+/// O1.9.
 #[test]
 fn the_region_of_the_metadata_is_no_guest_memory() {
     let Life { arena, mut kho, .. } = first_life();

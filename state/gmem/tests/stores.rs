@@ -106,6 +106,7 @@ fn counter(inode: &Inode) -> u64 {
     inode.mapping().load(COUNTER).unwrap()
 }
 
+/// R3.1, G5.2.8, G5.5.7, G5.6.3.
 #[test]
 fn a_guest_goes_on_counting_in_the_guest_memfd_that_another_vm_object_made() {
     harness::need!(kvm, guest_memfd);
@@ -129,6 +130,7 @@ fn a_guest_goes_on_counting_in_the_guest_memfd_that_another_vm_object_made() {
     assert_eq!(counter(&inode), 20);
 }
 
+/// R0.7, R0.8, R0.9, R3.6, O3.1.
 #[test]
 fn the_vm_object_that_made_a_guest_memfd_is_not_mistaken_for_another() {
     harness::need!(kvm, guest_memfd);
@@ -145,10 +147,45 @@ fn the_vm_object_that_made_a_guest_memfd_is_not_mistaken_for_another() {
     assert!(!memfd.is_made_by(builder().fd()));
 }
 
+/// R0.6.
+#[test]
+fn memory_does_not_keep_the_vm_object_that_made_it() {
+    harness::need!(kvm, guest_memfd);
+    let builder = builder();
+    let kept = Arc::strong_count(builder.fd());
+    let inode = made_by(&builder, MIB);
+    assert_eq!(Arc::strong_count(builder.fd()), kept);
+    let vm = Arc::downgrade(builder.fd());
+    drop(builder);
+    assert!(vm.upgrade().is_none());
+    inode.mapping().store(0, 7).unwrap();
+    assert_eq!(inode.mapping().load(0).unwrap(), 7, "the kernel keeps what the file needs");
+}
+
+/// G5.7.1.
+#[test]
+fn a_guest_finds_zeroes_where_its_memory_was_punched() {
+    harness::need!(kvm, guest_memfd);
+    let builder = builder();
+    let bound = made_by(&builder, MIB);
+    let memfd = plain(Region::create("ram", MIB).unwrap());
+    for (builder, inode) in [(builder, bound), (self::builder(), memfd)] {
+        inode.mapping().write(CODE, &OUT_EACH_COUNT).unwrap();
+        let mut machine = machine(builder, &inode);
+        machine.count_to_five();
+        machine.count_to_five();
+        assert_eq!(counter(&inode), 10);
+        inode.punch(COUNTER, 4096).unwrap();
+        machine.count_to_five();
+        assert_eq!(counter(&inode), 5, "{}", inode.mapping().region().store());
+    }
+}
+
 /// Set for the other side of a test: this program, started anew for the one test, with the guest_memfd as its standard
 /// input.
 const SUCCESSOR: &str = "TIDEOVER_GMEM_SUCCESSOR";
 
+/// P6.5.1.
 #[test]
 fn a_guest_goes_on_counting_in_another_process() {
     harness::need!(kvm, guest_memfd);
@@ -178,6 +215,7 @@ fn a_guest_goes_on_counting_in_another_process() {
     assert_eq!(counter(&inode), 15, "taken back");
 }
 
+/// O1.7, G5.2.3.
 #[test]
 fn a_guest_memfd_goes_with_the_flags_that_it_was_made_with() {
     harness::need!(kvm, guest_memfd);
@@ -186,6 +224,7 @@ fn a_guest_memfd_goes_with_the_flags_that_it_was_made_with() {
     assert!(GuestMemfd::create(builder.fd(), MIB + 1).is_err());
 }
 
+/// R2.2, G5.3.14, G5.4.2.
 #[test]
 fn a_freeze_of_a_guest_memfd_fills_its_holes() {
     harness::need!(kvm, guest_memfd);
@@ -199,6 +238,7 @@ fn a_freeze_of_a_guest_memfd_fills_its_holes() {
     let mut read = [0; 4];
     inode.mapping().read(MIB, &mut read).unwrap();
     assert_eq!(&read, b"kept");
+    assert_eq!(inode.mapping().load(3 * MIB).unwrap(), 0, "a page that nobody has touched yet");
     drop(freeze);
 
     assert_eq!(inode.freeze().unwrap().held(), Held::Whole, "there is nothing to fill any more");
@@ -229,6 +269,7 @@ fn hugetlb_memory_is_whole_and_stays_so() {
     assert_eq!(inode.freeze().unwrap().held(), Held::Whole);
 }
 
+/// O2.1.
 #[test]
 fn memory_of_every_store_is_cleared_unless_it_is_frozen() {
     harness::need!(kvm, guest_memfd, hugetlb);

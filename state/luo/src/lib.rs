@@ -4,7 +4,7 @@
 //! file. An *outgoing* session is what this life hands over, an *incoming* one is what it received. What a
 //! file is here: any value that a handler knows, behind an [`Arc`].
 //!
-//! [`Luo`] keeps the rules (facts 2.4 to 2.7, 3.1 to 3.6): the order of checks, of callbacks and of
+//! [`Luo`] keeps the rules (`docs/requirements.md`, those with L and H): the order of checks, of callbacks and of
 //! rollback, sticky retrieve errors, finish in two phases. Its state is published into an arena by
 //! [`Luo::publish`], in the kernel's `luo-v5` format. Unlike a kernel, which writes it only inside kexec, it
 //! can be published at any time: what a session keeps is then standing, and is found after a crash.

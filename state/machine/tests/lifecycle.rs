@@ -95,6 +95,7 @@ fn assert_lost(error: &OwnershipError, wanted: Wanted, found: OwnershipWord) {
     }
 }
 
+/// R0.1, R3.3, P6.5.3, P6.5.6.
 #[test]
 fn a_machine_crosses_with_its_memory_and_its_states() {
     for len_bytes in [0, 1, 4095, 4096, 4097, 511 * 4096, 512 * 4096 + 1] {
@@ -134,6 +135,7 @@ fn a_machine_without_states_crosses() {
     assert_filled(&inodes(&claimed.run().unwrap()));
 }
 
+/// O1.10, L2.8.4.
 #[test]
 fn guest_memory_is_the_same_memory_on_both_sides() {
     let predecessor = machine(&spec("same-memory", &[4], &[]));
@@ -142,6 +144,24 @@ fn guest_memory_is_the_same_memory_on_both_sides() {
     let mut read = [0; 5];
     incoming.memories()[0].mapping().read(0x1234, &mut read).unwrap();
     assert_eq!(&read, b"later");
+}
+
+/// R1.5, R1.15.
+#[test]
+fn holes_cross_as_holes() {
+    harness::need!(userfaultfd);
+    let mut predecessor = Machine::create(&spec("holes", &[4, 8], &["vcpu0"]), &mut |_, _| {}).unwrap();
+    let [some, none] = inodes(&predecessor).try_into().unwrap();
+    some.mapping().store(3 << 20, 7).unwrap();
+    let present = |inode: &gmem::Inode| inode.mapping().region().allocated_bytes().unwrap();
+    assert_eq!((present(&some), present(&none)), (Some(4096), Some(0)));
+    let mut successor = claim(&mut predecessor, 1).run().unwrap();
+    successor.settle().unwrap();
+    let [some, none] = inodes(&successor).try_into().unwrap();
+    assert_eq!((present(&some), present(&none)), (Some(4096), Some(0)));
+    assert_eq!((some.size_bytes(), none.size_bytes()), (4 << 20, 8 << 20));
+    assert_eq!(some.mapping().load(3 << 20).unwrap(), 7);
+    assert_eq!(none.mapping().load(3 << 20).unwrap(), 0);
 }
 
 #[test]
@@ -173,6 +193,7 @@ fn a_machine_that_is_unsealed_has_no_stale_states_and_can_be_updated() {
     claimed.run().unwrap();
 }
 
+/// R2.7, R3.8.
 #[test]
 fn a_claim_of_another_seal_or_of_none_is_refused() {
     let mut predecessor = machine(&spec("claims", &[4], &["vcpu0"]));
@@ -207,6 +228,7 @@ fn a_claim_after_the_machine_was_taken_back_is_refused() {
     }
 }
 
+/// O1.13.
 #[test]
 fn a_claimant_whose_claim_was_taken_back_cannot_run_the_machine() {
     let mut predecessor = machine(&spec("late-run", &[4], &["vcpu0"]));
@@ -258,6 +280,7 @@ fn assert_seals_after(mut owner: Machine, used: u64) {
     assert_filled(&inodes(&claimed.run().unwrap()));
 }
 
+/// R1.3, L2.8.1.
 #[test]
 fn a_machine_whose_memory_is_not_frozen_is_not_sealed() {
     let mut owner = machine(&spec("not-frozen", &[4, 4], &["vcpu0"]));
@@ -375,6 +398,7 @@ fn held(name: &str) -> (usize, usize) {
     (fds, maps.lines().filter(|line| line.contains(&ours)).count())
 }
 
+/// R0.3, R3.2, G5.7.3.
 #[test]
 fn updates_in_a_row_leak_no_frames_no_descriptors_and_no_mappings() {
     const NAME: &str = "twenty-updates";
@@ -449,6 +473,17 @@ fn specifications_that_no_machine_meets_are_refused() {
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     let error = Machine::create(&spec("m", &[4], &many), &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, CreateError::Settle(_)), "no room for their records: {error:?}");
+}
+
+/// R0.2.
+#[test]
+fn a_machine_that_cannot_be_made_leaves_nothing() {
+    const NAME: &str = "never-made";
+    let many: Vec<String> = (0..2100).map(|number| format!("s{number}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    let error = Machine::create(&spec(NAME, &[4, 8], &many), &mut |_, _| {}).unwrap_err();
+    assert!(matches!(error, CreateError::Settle(_)), "its memory was there by then: {error:?}");
+    assert_eq!(held(NAME), (0, 0));
 }
 
 #[test]

@@ -437,6 +437,7 @@ fn coverage() -> Vec<Property<Machine>> {
     ]
 }
 
+/// R3.3, L2.8.1.
 #[test]
 fn one_process_runs_the_guest_whatever_crashes_or_stalls() {
     let checker = Machine::real().checker().spawn_bfs().join();

@@ -294,6 +294,7 @@ mod tests {
     use super::*;
     use crate::vm::VmBuilder;
 
+    /// G5.6.1.
     #[test]
     fn a_failed_run_keeps_the_kernels_error() {
         harness::need!(kvm);

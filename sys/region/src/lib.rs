@@ -561,6 +561,7 @@ mod tests {
         fd
     }
 
+    /// G5.2.8, G5.3.2.
     #[test]
     fn a_region_cannot_change_its_size_nor_be_sealed_further() {
         let region = Region::create("t", 8192).unwrap();
@@ -583,6 +584,7 @@ mod tests {
         assert!(why(file.into(), 8192).contains("no memory file"));
     }
 
+    /// R1.4.
     #[test]
     fn a_size_that_cannot_be_is_refused() {
         for bytes in [0, 1, 4097, 1 << 63] {

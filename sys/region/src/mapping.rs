@@ -414,6 +414,7 @@ mod tests {
         }
     }
 
+    /// G5.3.11.
     #[test]
     fn bytes_outside_are_refused_and_nothing_is_written() {
         let mapping = mapping(1);
@@ -457,6 +458,7 @@ mod tests {
         );
     }
 
+    /// G5.3.10.
     #[test]
     fn two_mappings_of_a_region_show_the_same_bytes() {
         let one = mapping(2);
@@ -468,6 +470,7 @@ mod tests {
         assert_eq!(&read, b"kept");
     }
 
+    /// G5.7.3.
     #[test]
     fn a_region_lives_as_long_as_it_is_mapped_or_open() {
         let one = mapping(1);

@@ -85,6 +85,7 @@ fn a_hugetlb_region_keeps_its_pages() {
     assert_eq!(mapping.load(0).unwrap(), 7);
 }
 
+/// P6.5.7.
 #[test]
 fn hugetlb_memory_is_accepted_if_it_is_whole_and_has_the_pages_that_were_told() {
     harness::need!(hugetlb);
@@ -171,6 +172,7 @@ fn guest_memfd_region(bytes: u64) -> (Region, VmBuilder) {
     (Region::accept_as("gmem", fd, bytes, Store::GuestMemfd, PageSize::Small).unwrap(), builder)
 }
 
+/// R4.1, G5.4.1.
 #[test]
 fn a_guest_memfd_is_known_as_one() {
     harness::need!(kvm, guest_memfd);
@@ -189,6 +191,7 @@ fn a_guest_memfd_is_known_as_one() {
     assert!(matches!(huge, Err(RegionError::PageSize { .. })), "{huge:?}");
 }
 
+/// R4.1.
 #[test]
 fn two_guest_memfds_are_two_files() {
     harness::need!(kvm, guest_memfd);
@@ -196,6 +199,7 @@ fn two_guest_memfds_are_two_files() {
     assert_ne!(one.0.file_number().unwrap(), other.0.file_number().unwrap());
 }
 
+/// R1.2, G5.3.9, G5.3.12, G5.4.1.
 #[test]
 fn a_guest_memfd_that_the_host_cannot_touch_is_not_mapped() {
     harness::need!(kvm, guest_memfd);
@@ -209,6 +213,7 @@ fn a_guest_memfd_that_the_host_cannot_touch_is_not_mapped() {
     }
 }
 
+/// G5.3.10, G5.3.13, G5.4.2.
 #[test]
 fn of_a_guest_memfd_is_known_what_was_touched_and_whether_we_filled_it() {
     harness::need!(kvm, guest_memfd);

@@ -349,6 +349,7 @@ fn found(arena: &Arena) -> Option<(u64, Shape)> {
 }
 
 proptest! {
+    /// L2.7.2, H3.2.2, H3.5.3.
     #[test]
     fn a_crash_after_any_operation_finds_what_was_published_last(ops in proptest::collection::vec(op(), 1..120)) {
         let mut life = Life::first();

@@ -20,6 +20,7 @@ fn received() -> (Life, u64) {
     (life.then(), used)
 }
 
+/// L2.5.20, L2.5.21, L2.7.6, H3.6.1.
 #[test]
 fn one_file_that_is_not_ready_changes_nothing() {
     for nth in 1..=4u64 {
@@ -42,6 +43,7 @@ fn one_file_that_is_not_ready_changes_nothing() {
     }
 }
 
+/// H3.6.2.
 #[test]
 fn files_are_finished_last_first() {
     let (mut life, used) = received();
@@ -55,6 +57,7 @@ fn files_are_finished_last_first() {
     assert_eq!(life.kho.used_bytes(), used);
 }
 
+/// R1.12, R3.9, L2.5.22, L2.5.23.
 #[test]
 fn what_nobody_retrieved_is_destroyed_and_named_in_the_order_of_preservation() {
     let (mut life, used) = received();
@@ -69,6 +72,7 @@ fn what_nobody_retrieved_is_destroyed_and_named_in_the_order_of_preservation() {
     assert_eq!(life.kho.used_bytes(), used);
 }
 
+/// L2.5.24.
 #[test]
 fn a_second_finish_does_nothing() {
     let (mut life, _) = received();
@@ -79,6 +83,7 @@ fn a_second_finish_does_nothing() {
     assert_eq!(life.finish("b"), Err(FinishError::UnknownSession { session: name("b") }));
 }
 
+/// L2.5.6.
 #[test]
 fn a_finished_session_is_gone_from_the_next_publish_on() {
     let (mut life, _) = received();

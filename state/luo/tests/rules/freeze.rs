@@ -35,6 +35,7 @@ fn versions(life: &Life) -> Vec<u64> {
     files.map(|file| Record::read(&kho, file.data).version).collect()
 }
 
+/// L2.5.14, H3.4.1.
 #[test]
 fn freeze_goes_by_sessions_made_and_files_preserved() {
     let mut life = three_sessions();
@@ -44,6 +45,7 @@ fn freeze_goes_by_sessions_made_and_files_preserved() {
     assert!(life.script.calls().is_empty(), "all are frozen");
 }
 
+/// L2.8.1, H3.4.4, H3.4.5.
 #[test]
 fn a_refused_freeze_unfreezes_its_session_then_those_before_it_each_from_its_first_file() {
     let cases: [(usize, &str, &[u64], &[u64]); 7] = [
@@ -73,6 +75,7 @@ fn a_refused_freeze_unfreezes_its_session_then_those_before_it_each_from_its_fir
     }
 }
 
+/// L2.7.3, H3.4.6.
 #[test]
 fn unfreeze_undoes_all_and_only_once() {
     let mut life = three_sessions();
@@ -92,6 +95,7 @@ fn unfreeze_undoes_all_and_only_once() {
     assert_eq!(life.script.calls().len(), 7);
 }
 
+/// H3.1.5.
 #[test]
 fn what_freeze_gives_is_what_the_next_life_gets() {
     let mut life = Life::first();
@@ -104,6 +108,7 @@ fn what_freeze_gives_is_what_the_next_life_gets() {
     assert_eq!(Thing::of(&life.retrieve("a", 1).unwrap()).version, 1);
 }
 
+/// L2.7.3.
 #[test]
 fn a_file_preserved_after_freeze_is_frozen_by_the_next() {
     let mut life = Life::first();
@@ -120,6 +125,7 @@ fn a_file_preserved_after_freeze_is_frozen_by_the_next() {
     assert_eq!(versions(&life), [1; 3]);
 }
 
+/// H3.4.6.
 #[test]
 fn a_frozen_session_is_unfrozen_before_it_is_unpreserved() {
     let mut life = Life::first();

@@ -4,6 +4,7 @@
 mod crash;
 mod finish;
 mod freeze;
+mod handlers;
 mod preserve;
 mod publish;
 mod recorder;

@@ -22,6 +22,7 @@ use crate::recorder::recorder;
 use crate::recorder::stranger;
 use crate::recorder::thing;
 
+/// L2.5.7, L2.5.10, L2.5.11, L2.5.13, H3.2.1.
 #[test]
 fn a_taken_token_comes_before_no_handler_before_a_held_file_before_the_handlers_refusal() {
     let mut life = Life::first();
@@ -67,6 +68,7 @@ fn an_unknown_session_takes_no_file_and_is_not_dropped() {
     );
 }
 
+/// L2.5.3, L2.5.25.
 #[test]
 fn an_outgoing_name_is_taken_once() {
     let mut life = Life::first();
@@ -78,6 +80,7 @@ fn an_outgoing_name_is_taken_once() {
     assert_eq!(life.luo.outgoing_sessions().collect::<Vec<_>>(), [name("a"), name("b")]);
 }
 
+/// L2.5.3.
 #[test]
 fn a_received_name_can_be_outgoing_but_is_published_only_after_finish() {
     let mut life = Life::first();
@@ -99,6 +102,7 @@ fn a_received_name_can_be_outgoing_but_is_published_only_after_finish() {
     assert_eq!(life.tokens("a"), [2]);
 }
 
+/// L2.5.7, L2.5.11, H3.1.3.
 #[test]
 fn sessions_share_tokens_but_not_files() {
     let mut life = Life::first();
@@ -111,6 +115,7 @@ fn sessions_share_tokens_but_not_files() {
     assert_eq!((session, token), (name("b"), Token(1)));
 }
 
+/// L2.5.15.
 #[test]
 fn any_number_is_a_token() {
     let mut life = Life::first();
@@ -119,6 +124,7 @@ fn any_number_is_a_token() {
     assert_eq!(life.then().tokens("a"), [u64::MAX, 0, 1]);
 }
 
+/// H3.1.4, H3.1.6.
 #[test]
 fn the_first_handler_that_says_yes_gets_the_file_and_a_kind_has_one_handler() {
     let mut life = Life::first();
@@ -139,6 +145,7 @@ fn the_first_handler_that_says_yes_gets_the_file_and_a_kind_has_one_handler() {
     assert_eq!(again.compatibles(), handlers.compatibles());
 }
 
+/// H3.2.2.
 #[test]
 fn a_refused_preserve_leaves_nothing_behind() {
     let mut life = Life::first();
@@ -157,6 +164,7 @@ fn a_refused_preserve_leaves_nothing_behind() {
     assert_eq!(life.then().tokens("a"), [1, 2]);
 }
 
+/// L2.7.1, H3.3.1.
 #[test]
 fn a_dropped_session_is_unpreserved_last_file_first() {
     let mut life = Life::first();
@@ -168,6 +176,7 @@ fn a_dropped_session_is_unpreserved_last_file_first() {
     assert_eq!(life.luo.outgoing_sessions().collect::<Vec<_>>(), [name("b")]);
 }
 
+/// L2.7.1, H3.3.1, H3.3.2.
 #[test]
 fn a_dropped_session_frees_its_name_its_tokens_and_its_files() {
     let mut life = Life::first();
@@ -191,6 +200,7 @@ fn a_dropped_session_frees_its_name_its_tokens_and_its_files() {
     assert!(life.then().incoming().is_empty());
 }
 
+/// L2.5.1, L2.5.17, H3.4.3.
 #[test]
 fn a_session_without_files_is_handed_over_and_finished() {
     let mut life = Life::first();
@@ -206,6 +216,7 @@ fn a_session_without_files_is_handed_over_and_finished() {
     assert!(life.script.calls().is_empty());
 }
 
+/// L2.5.8, H3.2.1.
 #[test]
 fn a_session_lists_630000_files_and_no_more() {
     let mut life = Life::first();
@@ -219,6 +230,7 @@ fn a_session_lists_630000_files_and_no_more() {
     assert!(matches!(error, PreserveError::TokenTaken { .. }), "{error:?}");
 }
 
+/// L2.5.4.
 #[test]
 fn the_format_lists_510000_sessions_received_ones_included() {
     let session = |number: u64| name(&number.to_string());

@@ -27,6 +27,7 @@ use crate::recorder::thing;
 
 const SUBTREE: SubtreeName = SubtreeName::literal(abi::luo::SUBTREE);
 
+/// L2.5.16, L2.5.25, H3.1.5.
 #[test]
 fn the_next_life_sees_sessions_tokens_kinds_and_data() {
     let mut life = Life::first();
@@ -58,6 +59,7 @@ fn the_next_life_sees_sessions_tokens_kinds_and_data() {
     assert_eq!(life.luo.outgoing_sessions().count(), 0);
 }
 
+/// H3.4.9.
 #[test]
 fn the_first_life_writes_1_and_each_next_one_what_it_received_and_1() {
     let mut life = Life::first();
@@ -70,6 +72,7 @@ fn the_first_life_writes_1_and_each_next_one_what_it_received_and_1() {
     }
 }
 
+/// H3.5.1.
 #[test]
 fn nothing_is_seen_before_it_is_published() {
     let mut life = Life::first();
@@ -84,6 +87,7 @@ fn nothing_is_seen_before_it_is_published() {
     assert!(!missing(&life));
 }
 
+/// H3.5.4, H3.5.6, H3.5.7.
 #[test]
 fn a_file_of_an_unknown_kind_is_named_and_nothing_is_taken_over() {
     let mut life = Life::first();
@@ -99,6 +103,7 @@ fn a_file_of_an_unknown_kind_is_named_and_nothing_is_taken_over() {
     assert_eq!(life.then().tokens("a"), [5, 9], "a life that knows the kind still finds all");
 }
 
+/// H3.5.2.
 #[test]
 fn a_broken_state_is_refused() {
     let mut life = Life::first();
@@ -119,6 +124,7 @@ fn blocks(count: usize, capacity: usize) -> usize {
     count.div_ceil(capacity)
 }
 
+/// H3.4.8.
 #[test]
 fn any_number_of_sessions_is_listed_without_an_empty_block() {
     for count in [0, 1, 50, 51, 52, 101, 102, 103] {
@@ -140,6 +146,7 @@ fn any_number_of_sessions_is_listed_without_an_empty_block() {
     }
 }
 
+/// H3.4.2.
 #[test]
 fn no_session_is_the_address_0() {
     let mut life = Life::first();
@@ -153,6 +160,7 @@ fn no_session_is_the_address_0() {
     assert_ne!(ser.flbs.get(), 0);
 }
 
+/// H3.4.8.
 #[test]
 fn any_number_of_files_is_listed_without_an_empty_block() {
     for count in [0, 1, 62, 63, 64, 126, 127] {
@@ -173,6 +181,7 @@ fn any_number_of_files_is_listed_without_an_empty_block() {
     }
 }
 
+/// L2.7.4, L2.7.5.
 #[test]
 fn sessions_that_are_not_finished_go_on_from_life_to_life() {
     let mut life = Life::first();
@@ -196,6 +205,7 @@ fn sessions_that_are_not_finished_go_on_from_life_to_life() {
     assert_eq!(life.then().incoming(), ["a", "b", "new 0", "new 1", "new 2"].map(name));
 }
 
+/// H3.5.3.
 #[test]
 fn without_room_the_old_state_stays_and_a_later_try_takes_no_more() {
     let mut life = Life::first();
@@ -253,6 +263,7 @@ fn a_switch_that_fails_leaves_the_old_state_and_can_be_tried_again() {
     assert_eq!(life.kho.used_bytes(), used);
 }
 
+/// L2.4.4.
 #[test]
 fn a_refusal_has_the_kernels_number() {
     let mut life = Life::first();

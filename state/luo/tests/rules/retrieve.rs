@@ -19,6 +19,7 @@ fn received() -> Life {
     life.then()
 }
 
+/// O1.13, L2.5.18.
 #[test]
 fn an_error_is_sticky_and_the_handler_is_asked_once() {
     let mut life = received();
@@ -35,6 +36,7 @@ fn an_error_is_sticky_and_the_handler_is_asked_once() {
     assert_eq!(Thing::of(&life.then().retrieve("a", 2).unwrap()).number, 2);
 }
 
+/// L2.5.19.
 #[test]
 fn a_second_call_gives_the_same_file() {
     let mut life = received();
@@ -44,6 +46,7 @@ fn a_second_call_gives_the_same_file() {
     assert_eq!(life.script.calls(), ["retrieve 1"]);
 }
 
+/// L2.5.20, H3.9.3.
 #[test]
 fn files_are_retrieved_in_any_order() {
     for order in [[1, 2, 3], [3, 2, 1], [2, 3, 1]] {
@@ -55,6 +58,7 @@ fn files_are_retrieved_in_any_order() {
     }
 }
 
+/// L2.5.5, L2.5.6, L2.5.17.
 #[test]
 fn an_unknown_session_or_token_is_named() {
     let mut life = received();
@@ -70,6 +74,7 @@ fn an_unknown_session_or_token_is_named() {
     assert!(life.luo.tokens(name("b")).next().is_none());
 }
 
+/// L2.5.11, L2.7.7.
 #[test]
 fn a_retrieved_file_is_preserved_again_only_after_finish() {
     let mut life = received();

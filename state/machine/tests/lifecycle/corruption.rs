@@ -5,10 +5,12 @@ use std::sync::Arc;
 use abi::Memory;
 use abi::MemoryMut;
 use abi::arena::OWNERSHIP_ADDRESS;
+use abi::gmem::GmemRecord;
 use abi::kho::Subtree;
 use abi::luo::FileSer;
 use abi::regions::RegionEntry;
 use abi::state::StateRecord;
+use abi::vm::VmRecord;
 use abi::vmalloc::Descriptor;
 use pages::PageRange;
 use proptest::prelude::*;
@@ -191,6 +193,7 @@ fn a_file_of_another_kind_than_its_token_says_is_refused() {
     assert!(matches!(error, AttachError::Kind { .. }), "{error:?}");
 }
 
+/// P6.5.4.
 #[test]
 fn a_state_or_a_memory_that_two_records_name_is_refused() {
     for (one, other) in [(STATE, STATE + 1), (RAM, RAM + 1)] {
@@ -230,6 +233,7 @@ fn malformed(error: &AttachError) -> &abi::Malformed {
     panic!("{error:?}");
 }
 
+/// P6.5.4.
 #[test]
 fn a_record_that_two_tokens_name_is_refused() {
     for (one, other) in [(STATE, STATE + 1), (RAM, RAM + 1)] {
@@ -244,6 +248,52 @@ fn a_record_of_another_kind_than_its_entry_says_is_refused() {
         let error = with_entry(one, |file, of| file.data = of(other).data);
         assert!(matches!(error, AttachError::Retrieve(_)), "{error:?}");
     }
+}
+
+/// O0.2, H3.9.2.
+#[test]
+fn the_record_of_another_machine_is_refused() {
+    let theirs = Identity::new([0xa5; 16]);
+    for token in [VM, RAM, RAM + 1, STATE, STATE + 2] {
+        let mut orphan = orphan();
+        let entries = entries(&orphan);
+        let data = entries.iter().find(|(_, file)| file.token.get() == token).unwrap().1.data.get();
+        let arena = &orphan.arena;
+        // Its sums are right.
+        let record = match token {
+            VM => VmRecord { identity: theirs, ..VmRecord::read(arena, data).unwrap() }.encode(),
+            RAM..STATE => GmemRecord { identity: theirs, ..GmemRecord::read(arena, data).unwrap() }.encode(),
+            _ => StateRecord { identity: theirs, ..StateRecord::read(arena, data).unwrap() }.encode(),
+        };
+        orphan.arena.write(data, &record).unwrap();
+        let error = Incoming::attach(orphan.regions, Vec::new()).unwrap_err();
+        let refused = matches!(&error, AttachError::Retrieve(luo::RetrieveError::Handler { token: of, .. }) if of.0 == token);
+        assert!(refused && format!("{error:?}").contains("Identity"), "{error:?}");
+    }
+}
+
+/// R1.9, P6.5.3.
+#[test]
+fn a_session_without_the_machines_own_record_is_no_machine() {
+    let mut orphan = orphan();
+    let entries = entries(&orphan);
+    let (first, last) = (entries[0], entries[entries.len() - 1]);
+    assert_eq!(first.1.token.get(), VM);
+    // The last entry takes its place, and both counts are right.
+    let count = (entries.len() as u64 - 1).to_le_bytes();
+    orphan.arena.write(first.0, last.1.as_bytes()).unwrap();
+    orphan.arena.write(first.0 / 4096 * 4096 + 8, &count).unwrap();
+    let is_session = |frame: &&u64| {
+        let mut name = [0; 10];
+        orphan.arena.read(**frame + 16, &mut name).unwrap();
+        name == *b"corrupted\0"
+    };
+    let session = *orphan.frames.iter().find(is_session).unwrap();
+    orphan.arena.write(session + 16 + 72, &count).unwrap();
+    let error = Incoming::attach(orphan.regions, Vec::new()).unwrap_err();
+    let missing =
+        |error: &_| matches!(error, luo::RetrieveError::UnknownToken { token, .. } if token.0 == VM);
+    assert!(matches!(&error, AttachError::Retrieve(error) if missing(error)), "{error:?}");
 }
 
 /// Changes the published tree, and gives what attaching says.
@@ -270,6 +320,7 @@ fn guest_memory_that_is_not_preserved_is_refused() {
     assert!(matches!(error, AttachError::Retrieve(_)), "{error:?}");
 }
 
+/// H3.5.4.
 #[test]
 fn a_kind_that_nobody_knows_is_named() {
     let error = with_entry(STATE, |file, _| file.compatible[0] ^= 1);

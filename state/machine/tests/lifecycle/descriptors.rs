@@ -94,6 +94,7 @@ fn what_an_update_kept_is_released_without_a_trace() {
     }
 }
 
+/// O1.12.
 #[test]
 fn a_way_that_cannot_carry_descriptors_is_refused_while_the_guest_runs() {
     let mut machine = small();

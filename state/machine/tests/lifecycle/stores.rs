@@ -68,6 +68,7 @@ fn refused(spec: &Spec) -> CreateError {
     Machine::create(spec, &mut |_, _| panic!("something is being made")).unwrap_err()
 }
 
+/// P6.5.7.
 #[test]
 fn memory_of_every_store_crosses_and_crosses_again() {
     harness::need!(kvm, guest_memfd, hugetlb);
@@ -135,6 +136,7 @@ fn a_machine_of_plain_memfds_can_be_given_to_who_knows_version_1_only() {
     assert!(machine.formats().contains(&V1.to_owned()) && !machine.formats().contains(&V2.to_owned()));
 }
 
+/// R1.14.
 #[test]
 fn policies_are_kept_from_life_to_life() {
     harness::need!(hugetlb);

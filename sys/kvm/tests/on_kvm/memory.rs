@@ -22,6 +22,7 @@ fn builder() -> VmBuilder {
     VmBuilder::create(&Kvm::new().unwrap()).unwrap()
 }
 
+/// G5.5.10.
 #[test]
 fn a_slot_beyond_its_memory_is_refused() {
     harness::need!(kvm);
@@ -39,6 +40,7 @@ fn a_slot_beyond_its_memory_is_refused() {
     slots.add(0, 0, &memory, 0x1000, 0x3000, DEFAULT).unwrap();
 }
 
+/// G5.5.2.
 #[test]
 fn a_slot_not_of_whole_pages_is_refused() {
     harness::need!(kvm);
@@ -61,6 +63,7 @@ fn a_slot_not_of_whole_pages_is_refused() {
     assert_eq!(slots.iter().count(), 0);
 }
 
+/// G5.5.2.
 #[test]
 fn a_slot_beyond_the_guests_addresses_is_refused() {
     harness::need!(kvm);
@@ -74,6 +77,7 @@ fn a_slot_beyond_the_guests_addresses_is_refused() {
     assert!(matches!(error, SlotError::Kvm { .. }), "{error:?}");
 }
 
+/// G5.5.2, G5.5.3, G5.5.4, G5.5.5.
 #[test]
 fn a_slot_over_another_is_refused_and_names_it() {
     harness::need!(kvm);
@@ -126,6 +130,7 @@ unsafe impl HostMemory for Counted {
     }
 }
 
+/// G5.5.11, G5.5.13, G5.7.2.
 #[test]
 fn a_slot_keeps_its_memory_until_it_is_gone() {
     harness::need!(kvm);
@@ -147,6 +152,7 @@ fn a_slot_keeps_its_memory_until_it_is_gone() {
     again.add(0, 0x10_0000, &TestMemory::new(0x4000), 0, PAGE, DEFAULT).unwrap();
 }
 
+/// G5.7.2, G5.7.4.
 #[test]
 fn a_guest_reaches_a_removed_slot_no_more() {
     harness::need!(kvm);
@@ -221,6 +227,7 @@ fn a_read_only_slot_is_not_written() {
     assert_eq!(memory.counter(), 0);
 }
 
+/// G5.2.2, G5.2.3, G5.2.6.
 #[test]
 fn a_guest_memfd_takes_the_flags_that_kvm_says_and_no_other() {
     harness::need!(kvm);
@@ -230,9 +237,8 @@ fn a_guest_memfd_takes_the_flags_that_kvm_says_and_no_other() {
         assert!(matches!(refused, GuestMemfdError::Unsupported), "{refused:?}");
         return;
     };
-    for flags in
-        [GuestMemfdFlags::NONE, GuestMemfdFlags::MMAP, GuestMemfdFlags::MMAP | GuestMemfdFlags::INIT_SHARED]
-    {
+    let both = GuestMemfdFlags::MMAP | GuestMemfdFlags::INIT_SHARED;
+    for flags in [GuestMemfdFlags::NONE, GuestMemfdFlags::MMAP, GuestMemfdFlags::INIT_SHARED, both] {
         let made = guest_memfd::create(builder.fd(), 0x1_0000, flags);
         if accepted.contains(flags) {
             made.unwrap();
@@ -250,6 +256,7 @@ fn a_guest_memfd_takes_the_flags_that_kvm_says_and_no_other() {
     }
 }
 
+/// G5.2.7, G5.5.7, G5.5.12, G5.6.4.
 #[test]
 fn a_guest_runs_from_a_guest_memfd_that_the_host_sees_too() {
     harness::need!(kvm);

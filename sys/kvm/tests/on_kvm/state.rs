@@ -125,6 +125,7 @@ fn moves(index: u32) -> bool {
     index == 0x10
 }
 
+/// P6.5.6.
 #[test]
 fn a_vcpu_loaded_from_anothers_state_saves_the_same() {
     harness::need!(kvm);
@@ -548,6 +549,7 @@ fn the_clock_goes_on_by_the_time_that_passed() {
     assert!(clock_passed.abs_diff(time_passed) < 20_000_000, "{clock_passed} ns of {time_passed} ns");
 }
 
+/// P6.5.6.
 #[test]
 fn irqchip_and_pit_survive_a_change_of_vm() {
     harness::need!(kvm);

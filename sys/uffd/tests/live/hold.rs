@@ -79,6 +79,7 @@ fn present_pages_are_read_and_written_while_held() {
     assert!(memory.data().iter().enumerate().all(|(page, &data)| data == (page % 2 == 1)));
 }
 
+/// R2.3.
 #[test]
 fn threads_that_fill_holes_add_nothing_from_when_the_hold_is_made() {
     harness::need!(userfaultfd);
@@ -115,6 +116,7 @@ fn threads_that_fill_holes_add_nothing_from_when_the_hold_is_made() {
     }
 }
 
+/// R2.3, O2.4, P6.5.2.
 #[test]
 fn a_fault_of_the_kernel_parks_too() {
     harness::need!(userfaultfd);
@@ -146,6 +148,7 @@ fn where_faults_are_refused_nothing_parks_and_nothing_is_added() {
     assert_eq!(kernel_reads(writer.as_fd(), &view, 6), Ok(8));
 }
 
+/// P6.5.2.
 #[test]
 fn at_the_end_what_is_parked_finds_nothing_mapped_and_adds_nothing() {
     harness::need!(userfaultfd);

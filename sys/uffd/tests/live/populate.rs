@@ -77,6 +77,7 @@ fn check_only_what_is_present(present: &[bool]) {
     }
 }
 
+/// R1.5.
 #[test]
 fn only_present_pages_get_an_entry_and_holes_stay_holes() {
     harness::need!(userfaultfd);
