@@ -46,9 +46,17 @@ pub(crate) enum Kind {
 
 #[derive(Debug, Deserialize)]
 pub(crate) struct Target {
+    pub(crate) name: String,
     pub(crate) kind: Vec<String>,
     /// The file at the target's root.
     pub(crate) src_path: PathBuf,
+}
+
+impl Target {
+    /// Whether it is of this kind, as cargo names them.
+    pub(crate) fn is(&self, kind: &str) -> bool {
+        self.kind.iter().any(|is| is == kind)
+    }
 }
 
 impl Package {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
 use crate::tally::Tally;
-use crate::{Verdict, cargo, deps, test, tools, words};
+use crate::{Verdict, cargo, deps, requirements, test, tools, words};
 
 #[derive(Args, Debug)]
 pub(crate) struct Options {
@@ -35,6 +35,8 @@ enum Step {
     Words,
     /// Unit, integration and doc tests
     Test,
+    /// The table of requirements names tests that are there and passed
+    Requirements,
     /// The documentation builds, and every link in it leads somewhere
     Docs,
     /// Licences, sources and bans of what we depend on
@@ -49,6 +51,7 @@ impl Step {
             Self::Deps => "deps",
             Self::Words => "words",
             Self::Test => "test",
+            Self::Requirements => "requirements",
             Self::Docs => "docs",
             Self::Deny => "deny",
         }
@@ -62,6 +65,7 @@ impl Step {
             Self::Deps => &["cargo xtask deps"],
             Self::Words => &["cargo xtask words"],
             Self::Test => &["cargo xtask test"],
+            Self::Requirements => &["cargo xtask requirements"],
             // What readers of the source see, and then, to stay in target/doc, what users see: a
             // link from public to private is an error in the second only.
             Self::Docs => &[
@@ -88,6 +92,7 @@ impl Step {
                 let require = options.require.clone();
                 return test::run(&test::Options { require, arguments: Vec::new() }).map(Outcome::Tests);
             }
+            Self::Requirements => requirements::run(&requirements::Options::default())?,
             Self::Deny => tools::with_cargo_deny(|path| all(&self.commands(options), path))?,
             _ => all(&self.commands(options), None)?,
         };
@@ -162,7 +167,7 @@ pub(crate) fn run(options: &Options) -> Verdict {
     println!();
     for (step, time) in &ran {
         let word = if failed == Some(*step) { "FAILED" } else { "passed" };
-        println!("{word}  {:<7} {:>8}", step.name(), seconds(*time));
+        println!("{word}  {:<12} {:>8}", step.name(), seconds(*time));
     }
     if let Some(step) = failed {
         let after = Step::value_variants().iter().skip_while(|other| **other != step).skip(1);

@@ -5,8 +5,11 @@
 #![forbid(unsafe_code)]
 
 mod cargo;
+mod catalogue;
 mod check;
 mod deps;
+mod record;
+mod requirements;
 mod sources;
 mod tally;
 mod test;
@@ -33,6 +36,9 @@ enum Verb {
     Check(check::Options),
     /// Run every unit, integration and doc test, and list those that this machine made us skip
     Test(test::Options),
+    /// Hold docs/requirements.md against the tests: those that it names are there, say which requirement they show, and
+    /// passed when they last ran
+    Requirements(requirements::Options),
     /// Hold the crates to the rings: arrows point inward, `unsafe` only in sys/, no_std in pure/
     Deps,
     /// Look through every file of the tree for what must not be published, and for untidy white
@@ -51,6 +57,7 @@ fn main() -> ExitCode {
             println!("{tally}");
             Ok(tally.is_good())
         }
+        Verb::Requirements(options) => requirements::run(&options),
         Verb::Deps => deps::run(),
         Verb::Words => words::run(),
     };

@@ -117,13 +117,12 @@ pub(crate) fn look(workspace: &Workspace) -> Result<Faults> {
         }
     }
     for target in workspace.packages.iter().flat_map(|package| &package.targets) {
-        let is = |kind: &str| target.kind.iter().any(|is| is == kind);
         let file = workspace.short(&target.src_path);
-        let Some(ring) = Ring::of(file).filter(|_| is("lib") || is("bin")) else {
+        let Some(ring) = Ring::of(file).filter(|_| target.is("lib") || target.is("bin")) else {
             continue;
         };
         let text = tree::text(&workspace.root, file)?.unwrap_or_default();
-        for rule in root_faults(ring, is("lib"), &text) {
+        for rule in root_faults(ring, target.is("lib"), &text) {
             faults.found.push(Fault { file: Path::to_owned(file), rule });
         }
     }

@@ -1,9 +1,15 @@
-//! Counting tests from what cargo's test programs print.
+//! Counting tests from what cargo's test programs print, and what becomes of each.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use harness::SkipLine;
+
+use crate::record::Outcome;
+
+/// Begins the line that goes before each test program's own, with its package and its path. Cargo tells of programs on
+/// its stderr, where it cannot be told which of them printed what.
+pub(crate) const PROGRAM: &str = "xtask-program";
 
 /// How many tests passed, failed and did not run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,7 +47,34 @@ pub(crate) struct Report {
     pub(crate) ignored_names: Vec<String>,
     /// Test programs that ended without their `test result:` line.
     pub(crate) died: usize,
+    /// Every program that said which it is, in the order in which they ran.
+    pub(crate) programs: Vec<Told>,
     running: Option<Program>,
+}
+
+/// What one test program told.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Told {
+    pub(crate) package: String,
+    /// The name of its crate.
+    pub(crate) program: String,
+    /// What became of each test, by its path in the crate.
+    pub(crate) outcomes: Vec<(String, Outcome)>,
+    /// It ended without its `test result:` line.
+    pub(crate) died: bool,
+    /// It has said all that it will.
+    over: bool,
+}
+
+impl Told {
+    /// Reads the line that goes before a program's own.
+    fn parse(line: &str) -> Option<Self> {
+        let (package, path) = line.strip_prefix(PROGRAM)?.trim_start().split_once(' ')?;
+        let file = path.rsplit('/').next()?;
+        let program = file.rsplit_once('-').map_or(file, |(name, _hash)| name);
+        let (package, program) = (package.to_owned(), program.to_owned());
+        Some(Self { package, program, outcomes: Vec::new(), died: false, over: false })
+    }
 }
 
 /// A test program between its `running N tests` and its `test result:`.
@@ -57,15 +90,28 @@ impl Report {
     /// Takes in one line of what `cargo test` prints on stdout.
     pub(crate) fn line(&mut self, line: &str) {
         let line = line.trim_end();
-        if let Some(announced) = announced(line) {
+        if let Some(told) = Told::parse(line) {
+            self.end_of_program();
+            self.programs.push(told);
+        } else if let Some(announced) = announced(line) {
             self.end_of_program();
             self.running = Some(Program { announced, passed: 0, failed: 0, ignored: 0 });
         } else if let Some([passed, failed, ignored]) = result(line) {
             self.running = None;
+            if let Some(told) = self.programs.last_mut() {
+                told.over = true;
+            }
             self.passed += passed;
             self.failed += failed;
             self.ignored += ignored;
         } else if let (Some(program), Some((name, outcome))) = (&mut self.running, outcome(line)) {
+            let path = name.strip_suffix(" - should panic").unwrap_or(name);
+            if let (Some(told), Some(became)) = (self.programs.last_mut(), became(outcome)) {
+                // What comes after its result is no test of it: a doc test's.
+                if !told.over {
+                    told.outcomes.push((path.to_owned(), became));
+                }
+            }
             if outcome == "ok" {
                 program.passed += 1;
             } else if outcome.starts_with("FAILED") {
@@ -84,6 +130,9 @@ impl Report {
     /// tests counts; those that it said nothing of have failed, and if there are none, one has.
     fn end_of_program(&mut self) {
         if let Some(program) = self.running.take() {
+            if let Some(told) = self.programs.last_mut().filter(|told| !told.over) {
+                (told.died, told.over) = (true, true);
+            }
             let said = program.passed + program.failed + program.ignored;
             let lost = program.announced.saturating_sub(said);
             self.died += 1;
@@ -122,10 +171,22 @@ fn outcome(line: &str) -> Option<(&str, &str)> {
     line.strip_prefix("test ")?.rsplit_once(" ... ")
 }
 
+/// What a word after ` ... ` says.
+fn became(word: &str) -> Option<Outcome> {
+    match word {
+        "ok" => Some(Outcome::Passed),
+        _ if word.starts_with("FAILED") => Some(Outcome::Failed),
+        _ if word.starts_with("ignored") => Some(Outcome::Ignored),
+        _ => None,
+    }
+}
+
 /// The tests that were skipped, by the need that is not met and the reason.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Skips {
     by_need: BTreeMap<(String, String), Vec<String>>,
+    /// The need that is not met, by package and path of the test, its crate included.
+    needs: BTreeMap<(String, String), String>,
 }
 
 impl Skips {
@@ -143,6 +204,7 @@ impl Skips {
         }
         let mut skips = Self::default();
         for ((package, test), need) in tests {
+            skips.needs.insert((package.clone(), test.clone()), need.0.clone());
             let named = skips.by_need.entry(need).or_default();
             named.push(format!("{package}  {test}"));
         }
@@ -151,6 +213,12 @@ impl Skips {
 
     pub(crate) fn count(&self) -> usize {
         self.by_need.values().map(Vec::len).sum()
+    }
+
+    /// The need that a test was skipped for.
+    pub(crate) fn need(&self, told: &Told, path: &str) -> Option<&str> {
+        let test = format!("{}::{path}", told.program);
+        self.needs.get(&(told.package.clone(), test)).map(String::as_str)
     }
 }
 
@@ -242,6 +310,45 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
     fn a_program_that_dies_after_its_last_test_has_failed_one() {
         let text = "running 1 test\ntest a ... ok\nrunning 0 tests\n\ntest result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s\n";
         assert_eq!(read(text, &Skips::default()).1, tally(1, 1, 0));
+    }
+
+    fn told(package: &str, program: &str, died: bool, outcomes: &[(&str, Outcome)]) -> Told {
+        let outcomes = outcomes.iter().map(|(path, outcome)| ((*path).to_owned(), outcome.clone())).collect();
+        let (package, program) = (package.to_owned(), program.to_owned());
+        Told { package, program, outcomes, died, over: true }
+    }
+
+    #[test]
+    fn what_became_of_a_test_is_known_by_the_program_that_was_announced() {
+        let text = TWO_PROGRAMS
+            .replacen(
+                "running 3",
+                &format!("{PROGRAM} tideover-p /t/debug/deps/tideover_p-01ab\nrunning 3"),
+                1,
+            )
+            .replacen("running 2", &format!("{PROGRAM} tideover-p /t/debug/deps/rules-02cd\nrunning 2"), 1);
+        let (report, _) = read(&text, &Skips::default());
+        let (ok, failed, ignored) = (Outcome::Passed, Outcome::Failed, Outcome::Ignored);
+        let first = [("a::b", ok.clone()), ("a::c", ok.clone()), ("a::d", ignored)];
+        let expected = [
+            told("tideover-p", "tideover_p", false, &first),
+            told("tideover-p", "rules", false, &[("e", failed), ("f", ok)]),
+        ];
+        assert_eq!(report.programs, expected);
+        let skips = Skips::parse("tideover-p\trules::f\tkvm\tno\ntideover-q\trules::e\tkvm\tno\n").unwrap();
+        assert_eq!(skips.need(&report.programs[1], "f"), Some("kvm"));
+        assert_eq!(skips.need(&report.programs[1], "e"), None);
+        assert_eq!(skips.need(&report.programs[0], "f"), None);
+    }
+
+    #[test]
+    fn a_program_that_died_is_not_given_the_tests_of_the_next() {
+        let text =
+            format!("{PROGRAM} p a-1\nrunning 2 tests\ntest x ... ok\n{PROGRAM} p b-2\n{TWO_PROGRAMS}");
+        let (report, _) = read(&text, &Skips::default());
+        assert_eq!(report.programs[0], told("p", "a", true, &[("x", Outcome::Passed)]));
+        assert_eq!((report.programs.len(), report.died), (2, 1));
+        assert_eq!(report.programs[1].outcomes.len(), 3, "the program after is no announced one: doc tests");
     }
 
     #[test]

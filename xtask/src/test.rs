@@ -10,11 +10,18 @@ use clap::Args;
 use harness::Need;
 
 use crate::cargo::{self, Workspace};
-use crate::tally::{Report, Skips, Tally};
+use crate::catalogue;
+use crate::record::{self, Outcome, Ran, Record, Run};
+use crate::tally::{PROGRAM, Report, Skips, Tally};
 
-/// What starts each test program: one that waits for what never comes would otherwise hold up all the
-/// others, and nobody would learn which it was. The longest takes a tenth of this.
-const RUNNER: &str = r#"target."cfg(all())".runner = ["timeout", "--kill-after=10", "600"]"#;
+/// What starts each test program, for the setting `runner`. It says which one it is. And it ends one that waits for
+/// what never comes: that would otherwise hold up all the others, and nobody would learn which it was. The longest
+/// takes a tenth of this.
+fn runner() -> String {
+    let script =
+        format!(r#"echo "{PROGRAM} $CARGO_PKG_NAME $0"; exec timeout --kill-after=10 600 "$0" "$@""#);
+    format!(r#"target."cfg(all())".runner = ["sh", "-c", '{script}']"#)
+}
 
 #[derive(Args, Debug, Default)]
 pub(crate) struct Options {
@@ -40,6 +47,7 @@ pub(crate) fn run(options: &Options) -> Result<Tally> {
     std::fs::create_dir_all(folder).with_context(|| format!("{} cannot be made", folder.display()))?;
     let file = folder.join(format!("xtask-skips-{}", std::process::id()));
     std::fs::write(&file, "").with_context(|| format!("{} cannot be made", file.display()))?;
+    let before = record::state(&workspace)?;
     let ran = cargo_test(options, &file);
     let skips = std::fs::read_to_string(&file);
     let _ = std::fs::remove_file(&file);
@@ -50,6 +58,11 @@ pub(crate) fn run(options: &Options) -> Result<Tally> {
         .map_err(|error| anyhow!(error))
         .with_context(|| format!("{}, to which the tests append", file.display()))?;
     let mut tally = report.tally(&skips);
+    if !report.programs.is_empty() {
+        let mut record = Record::read(&workspace);
+        record.take_in(results(&workspace, &report, &skips, &before), options.arguments.is_empty());
+        record.write(&workspace)?;
+    }
     tell(&report, &skips);
     if !status.success() && tally.failed == 0 {
         println!("cargo test failed ({status}) though no test did; this counts as one failure");
@@ -61,9 +74,31 @@ pub(crate) fn run(options: &Options) -> Result<Tally> {
     Ok(tally)
 }
 
+/// What a run in this state of the tree leaves in the record.
+fn results(workspace: &Workspace, report: &Report, skips: &Skips, tree: &str) -> Run {
+    let mut run = Run::default();
+    for told in &report.programs {
+        let Some(package) = workspace.packages.iter().find(|package| package.name == told.package) else {
+            continue;
+        };
+        let program = format!("{} {}", told.package, told.program);
+        if told.died {
+            run.died.push(program.clone());
+        }
+        for (path, outcome) in &told.outcomes {
+            let skipped = skips.need(told, path).filter(|_| *outcome == Outcome::Passed);
+            let outcome = skipped.map_or_else(|| outcome.clone(), |need| Outcome::Skipped(need.to_owned()));
+            let (program, tree) = (program.clone(), tree.to_owned());
+            let name = catalogue::name(package, &told.program, path);
+            run.tests.insert(name, Ran { program, tree, outcome });
+        }
+    }
+    run
+}
+
 fn cargo_test(options: &Options, skips: &Path) -> Result<(ExitStatus, Report)> {
     let mut command = cargo::command();
-    command.args(["test", "--no-fail-fast", "--config", RUNNER]);
+    command.args(["test", "--no-fail-fast", "--config", &runner()]);
     if !names_a_package(&options.arguments) {
         command.arg("--workspace");
     }
@@ -90,7 +125,7 @@ fn names_a_package(arguments: &[OsString]) -> bool {
     })
 }
 
-/// Passes each line on as it comes, and takes it in.
+/// Passes each line on as it comes, and takes it in. Those that our own [`runner`] prints are for us alone.
 fn read(mut lines: impl BufRead, out: &mut impl Write) -> Result<Report> {
     let mut report = Report::default();
     let mut line = Vec::new();
@@ -100,8 +135,10 @@ fn read(mut lines: impl BufRead, out: &mut impl Write) -> Result<Report> {
         if length == 0 {
             return Ok(report);
         }
-        // Whoever reads us may have gone; the tests go on.
-        let _ = out.write_all(&line).and_then(|()| out.flush());
+        if !line.starts_with(PROGRAM.as_bytes()) {
+            // Whoever reads us may have gone; the tests go on.
+            let _ = out.write_all(&line).and_then(|()| out.flush());
+        }
         report.line(&String::from_utf8_lossy(&line));
     }
 }
