@@ -196,6 +196,7 @@ fn folios(pages: u64, flags: u16) -> impl Strategy<Value = Vec<Folio>> {
 }
 
 proptest! {
+    /// R1.1.
     #[test]
     fn a_guest_memfd_that_is_written_is_read(
         folios in (1u64..=700).prop_flat_map(|pages| folios(pages, 1)), extra in 0u64..5, flags in 0u64..4, token: u64
