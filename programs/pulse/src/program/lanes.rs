@@ -14,7 +14,7 @@ pub enum Vectors {
     /// 16 bytes; every processor with 64-bit mode has them.
     Sse2,
     /// 32 bytes. The upper halves are state that only XSAVE carries. The vCPU needs AVX2 and XSAVE in
-    /// its CPUID and the XCR0 that [`crate::Image::xcrs`] gives.
+    /// its CPUID and the XCR0 that [`crate::Start::xcrs`] gives.
     Avx2,
 }
 
