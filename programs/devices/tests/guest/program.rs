@@ -12,6 +12,13 @@ use iced_x86::code_asm::qword_ptr;
 use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::word_ptr;
 
+use crate::disk_driver;
+use crate::disk_driver::AVAILABLE;
+use crate::disk_driver::DATA;
+use crate::disk_driver::DESCRIPTORS;
+use crate::disk_driver::HEADER;
+use crate::disk_driver::USED;
+
 /// The disk's window and interrupt.
 pub(crate) const WINDOW: u64 = 0xd000_0000;
 pub(crate) const INTERRUPT: u32 = 5;
@@ -22,13 +29,7 @@ pub(crate) const FAILURES: u16 = 0x11;
 /// Where each round is reported.
 pub(crate) const ROUNDS: u16 = 0x10;
 
-/// The guest's own memory.
-const DESCRIPTORS: u64 = 0x40_0000;
-const AVAILABLE: u64 = 0x40_1000;
-const USED: u64 = 0x40_2000;
-const HEADER: u64 = 0x40_3000;
-const STATUS: u64 = 0x40_3010;
-const DATA: u64 = 0x40_4000;
+/// The guest's own memory, behind the disk driver's.
 const IDT: u64 = 0x40_5000;
 const IDT_POINTER: u64 = 0x40_6000;
 /// Interrupts seen.
@@ -83,7 +84,9 @@ pub(crate) fn assemble() -> Result<Vec<u8>, IcedError> {
     a.out(dx, eax)?;
     a.hlt()?;
     a.set_label(&mut request)?;
-    make_request(&mut a, failed)?;
+    // What it ends with if the status is not good.
+    a.mov(ebx, 1)?;
+    disk_driver::request(&mut a, failed)?;
     a.set_label(&mut handler)?;
     handle(&mut a)?;
     a.assemble(ENTRY_ADDRESS)
@@ -232,44 +235,6 @@ fn note_and_print(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(edx, u32::from(ROUNDS))?;
     a.mov(eax, r12d)?;
     a.out(dx, eax)
-}
-
-/// Asks for the sector in rax, sleeps until the answer is there, and checks the status.
-fn make_request(a: &mut CodeAssembler, failed: CodeLabel) -> Result<(), IcedError> {
-    a.mov(rdi, HEADER)?;
-    a.mov(qword_ptr(rdi + 8), rax)?;
-    store(a, STATUS, 0xff)?;
-    let descriptors = [(HEADER, 16, Some(1 | 1 << 16)), (DATA, 512, None), (STATUS, 1, Some(2))];
-    for (place, (address, len, flags)) in (DESCRIPTORS..).step_by(16).zip(descriptors) {
-        a.mov(rdi, place)?;
-        a.mov(rax, address)?;
-        a.mov(qword_ptr(rdi), rax)?;
-        a.mov(dword_ptr(rdi + 8), len)?;
-        if let Some(flags) = flags {
-            a.mov(dword_ptr(rdi + 12), flags)?;
-        }
-    }
-    // Descriptor 0 is the head of each; the ring's entries are zero.
-    a.inc(r13)?;
-    a.mov(rdi, AVAILABLE)?;
-    a.mov(word_ptr(rdi + 2), r13w)?;
-    a.mov(dword_ptr(r14 + 0x50), 0)?;
-    let (mut look, mut done) = (a.create_label(), a.create_label());
-    a.set_label(&mut look)?;
-    a.cli()?;
-    a.mov(rdi, USED)?;
-    a.cmp(word_ptr(rdi + 2), r13w)?;
-    a.je(done)?;
-    // An interrupt that is due comes after the next instruction: it ends the sleep.
-    a.sti()?;
-    a.hlt()?;
-    a.jmp(look)?;
-    a.set_label(&mut done)?;
-    a.mov(ebx, 1)?;
-    a.mov(rdi, STATUS)?;
-    a.cmp(iced_x86::code_asm::byte_ptr(rdi), 0)?;
-    a.jne(failed)?;
-    a.ret()
 }
 
 fn handle(a: &mut CodeAssembler) -> Result<(), IcedError> {

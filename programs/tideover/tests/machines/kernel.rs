@@ -17,6 +17,13 @@ use iced_x86::code_asm::qword_ptr;
 use iced_x86::code_asm::registers::*;
 use iced_x86::code_asm::word_ptr;
 
+use crate::disk_driver;
+use crate::disk_driver::AVAILABLE;
+use crate::disk_driver::DATA;
+use crate::disk_driver::DESCRIPTORS;
+use crate::disk_driver::HEADER;
+use crate::disk_driver::USED;
+
 /// Sectors that are written.
 pub(crate) const SECTORS: u64 = 64;
 pub(crate) const WORDS: u64 = 64;
@@ -33,13 +40,7 @@ const WINDOW: u64 = 0xd000_0000;
 const INTERRUPT: u32 = 5;
 const VECTOR: u64 = 0x20 + INTERRUPT as u64;
 
-/// The kernel's own memory.
-const DESCRIPTORS: u64 = 0x40_0000;
-const AVAILABLE: u64 = 0x40_1000;
-const USED: u64 = 0x40_2000;
-const HEADER: u64 = 0x40_3000;
-const STATUS: u64 = 0x40_3010;
-const DATA: u64 = 0x40_4000;
+/// The kernel's own memory, behind the disk driver's.
 const IDT: u64 = 0x40_5000;
 const IDT_POINTER: u64 = 0x40_6000;
 
@@ -116,7 +117,7 @@ fn assemble(disk: bool) -> Result<Vec<u8>, IcedError> {
     a.set_label(&mut to.say)?;
     say(&mut a)?;
     a.set_label(&mut to.request)?;
-    request(&mut a, to)?;
+    disk_driver::request(&mut a, to.lost)?;
     a.set_label(&mut handler)?;
     handle(&mut a)?;
     a.assemble(PREFERRED + u64::try_from(ENTRY).unwrap_or_default())
@@ -356,43 +357,6 @@ fn read_back(a: &mut CodeAssembler, to: Routines) -> Result<(), IcedError> {
     a.jb(check)?;
     a.set_label(&mut first)?;
     a.nop()
-}
-
-fn request(a: &mut CodeAssembler, to: Routines) -> Result<(), IcedError> {
-    a.mov(rdi, HEADER)?;
-    a.mov(qword_ptr(rdi + 8), rax)?;
-    a.mov(rdi, STATUS)?;
-    a.mov(byte_ptr(rdi), 0xff)?;
-    let descriptors = [(HEADER, 16, Some(1 | 1 << 16)), (DATA, 512, None), (STATUS, 1, Some(2))];
-    for (place, (address, len, flags)) in (DESCRIPTORS..).step_by(16).zip(descriptors) {
-        a.mov(rdi, place)?;
-        a.mov(rax, address)?;
-        a.mov(qword_ptr(rdi), rax)?;
-        a.mov(dword_ptr(rdi + 8), len)?;
-        if let Some(flags) = flags {
-            a.mov(dword_ptr(rdi + 12), flags)?;
-        }
-    }
-    // Descriptor 0 is the head of each; the ring's entries are zero.
-    a.inc(r13)?;
-    a.mov(rdi, AVAILABLE)?;
-    a.mov(word_ptr(rdi + 2), r13w)?;
-    a.mov(dword_ptr(r14 + 0x50), 0)?;
-    let (mut look, mut done) = (a.create_label(), a.create_label());
-    a.set_label(&mut look)?;
-    a.cli()?;
-    a.mov(rdi, USED)?;
-    a.cmp(word_ptr(rdi + 2), r13w)?;
-    a.je(done)?;
-    // An interrupt that is due comes after the next instruction: it ends the sleep.
-    a.sti()?;
-    a.hlt()?;
-    a.jmp(look)?;
-    a.set_label(&mut done)?;
-    a.mov(rdi, STATUS)?;
-    a.cmp(byte_ptr(rdi), 0)?;
-    a.jne(to.lost)?;
-    a.ret()
 }
 
 fn handle(a: &mut CodeAssembler) -> Result<(), IcedError> {

@@ -4,6 +4,8 @@
 mod confined;
 mod console;
 mod devices;
+#[path = "../../../devices/src/rig/disk_driver.rs"]
+mod disk_driver;
 mod ended;
 mod host;
 mod kernel;
