@@ -166,7 +166,7 @@ fn parting(channel: &Channel) -> LinkError {
 }
 
 /// Tells the other side that this one gives up, and why.
-pub(crate) fn refuse(channel: &Channel, reason: &str) {
+pub fn refuse(channel: &Channel, reason: &str) {
     let soon = Deadline::after(Duration::from_millis(100));
     let reason = reason.chars().take(MAX_SHOWN).collect();
     // It may be gone: then it need not be told.

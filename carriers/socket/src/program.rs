@@ -3,10 +3,9 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::fd::AsRawFd;
-use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::os::fd::RawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -153,11 +152,12 @@ impl Program {
 
     /// Has this process execute it with `arguments`. Returns only if that fails.
     pub fn execute<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> ProgramError {
-        let source = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
-            .arg0(&self.path)
-            .args(arguments)
-            .exec();
-        ProgramError::Start { path: self.path.clone(), source }
+        self.to_execute().now(arguments)
+    }
+
+    /// What it takes to execute it as long as it is open, without owning it.
+    pub fn to_execute(&self) -> Execute {
+        Execute { number: self.file.as_raw_fd(), path: self.path.clone() }
     }
 
     /// The program that this process executes now, whatever lies at its path meanwhile.
@@ -172,8 +172,9 @@ impl Program {
         }
     }
 
-    /// The program that was opened as `file` by another process or program, and lies at `path`.
-    pub fn opened(path: PathBuf, file: OwnedFd) -> Self {
+    /// The program that was opened as `file` by another process or program.
+    pub fn opened(file: OwnedFd) -> Self {
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap_or_default();
         Self { path, file: file.into() }
     }
 
@@ -183,9 +184,25 @@ impl Program {
     }
 }
 
-impl AsFd for Program {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+impl From<Program> for OwnedFd {
+    fn from(program: Program) -> Self {
+        program.file.into()
+    }
+}
+
+/// A program that is open in this process, by its number.
+#[derive(Debug)]
+pub struct Execute {
+    number: RawFd,
+    path: PathBuf,
+}
+
+impl Execute {
+    /// Has this process execute it with `arguments`. Returns only if that fails.
+    pub fn now<A: AsRef<OsStr>>(self, arguments: impl IntoIterator<Item = A>) -> ProgramError {
+        let source =
+            Command::new(format!("/proc/self/fd/{}", self.number)).arg0(&self.path).args(arguments).exec();
+        ProgramError::Start { path: self.path, source }
     }
 }
 

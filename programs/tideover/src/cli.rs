@@ -385,9 +385,9 @@ pub(crate) enum Life {
         /// Connect to the VMM that listens here instead.
         #[arg(long, value_name = "PATH")]
         connect: Option<PathBuf>,
-        /// Run the machine of the program that this process executed before, which has left a hand-off in this descriptor.
-        #[arg(long, value_name = "FD", conflicts_with = "connect")]
-        handoff: Option<i32>,
+        /// Take the machine over from the program that this process executed before, which has left these descriptors.
+        #[arg(long, value_name = "FDS", conflicts_with = "connect")]
+        handoff: Option<exec::Handoff>,
     },
 }
 

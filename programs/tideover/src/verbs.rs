@@ -362,11 +362,13 @@ fn told(name: &str, report: &UpdateReport) -> String {
     let reason = report.reason.as_deref().unwrap_or("no reason given");
     match (report.outcome, report.successor_pid) {
         (UpdateOutcome::Updated, Some(successor)) => {
+            let aside = report.aside_us.map(|us| format!(", after {} to step aside", table::millis(us)));
             let seen = report.guest_pause_us.map(|us| format!(" ({} as it saw it)", table::millis(us)));
             format!(
-                "{name}: updated from process {} to {successor}; {}{}\n",
+                "{name}: updated from process {} to {successor}; {}{}{}\n",
                 report.predecessor_pid,
                 pause(report.pause_us),
+                aside.unwrap_or_default(),
                 seen.unwrap_or_default()
             )
         }

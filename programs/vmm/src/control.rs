@@ -336,6 +336,8 @@ pub struct UpdateReport {
     /// From the last instruction of the first vCPU that stopped to the first of the last that was entered, by the
     /// host's clock, in microseconds.
     pub pause_us: Option<f64>,
+    /// By exec: how long the guest stood still before that pause, when the VMM's threads stepped aside, in microseconds.
+    pub aside_us: Option<f64>,
     /// The longest gap that a vCPU saw, by its own clock, in microseconds.
     pub guest_pause_us: Option<f64>,
     /// How long the way to each step took, in microseconds.

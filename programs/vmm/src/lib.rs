@@ -39,5 +39,6 @@ pub use kvm_guest::Setup;
 pub use pulse::MAX_VCPUS;
 pub use serve::serve;
 pub use successor::Start;
+pub use successor::formats;
 pub use successor::succeed;
 pub use thread_guest::ThreadGuest;

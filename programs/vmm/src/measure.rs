@@ -161,12 +161,21 @@ pub(crate) fn report(report: &Report, stopped_ns: Option<u64>) -> UpdateReport {
     }
 }
 
-/// The same of an update by exec, or of one that came back by it.
-pub(crate) fn report_of_exec(report: &exec::Report, told: &Told) -> UpdateReport {
-    let seen = seen(told, &report.timeline, report.stopped_ns);
-    match &report.failed {
-        None => UpdateReport { successor_pid: Some(seen.predecessor_pid), ..seen },
-        Some(why) => UpdateReport { outcome: UpdateOutcome::RolledBack, reason: Some(why.clone()), ..seen },
+/// The same of an update for whose failure there is a `reason`, after which the program before took the machine over
+/// again: `attempt` is how long the guest stood still before that.
+pub(crate) fn report_of_return(
+    back: &Report,
+    stopped_ns: Option<u64>,
+    reason: String,
+    attempt: Option<Duration>,
+) -> UpdateReport {
+    let seen = report(back, stopped_ns);
+    UpdateReport {
+        outcome: UpdateOutcome::RolledBack,
+        successor_pid: None,
+        reason: Some(reason),
+        pause_us: seen.pause_us.map(|pause| pause + attempt.map_or(0.0, micros_of)),
+        ..seen
     }
 }
 
@@ -179,6 +188,7 @@ fn seen(told: &Told, timeline: &Timeline, stopped_ns: Option<u64>) -> UpdateRepo
         outcome: UpdateOutcome::Updated,
         reason: None,
         pause_us: pause.map(|(stopped, entered)| micros(entered.saturating_sub(stopped))),
+        aside_us: None,
         guest_pause_us: told.guest_pause_us,
         phases_us: phases(timeline, stopped_ns, told.entered_ns),
         ticks_before: told.ticks_before,

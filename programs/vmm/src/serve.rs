@@ -50,8 +50,6 @@ pub(crate) struct Told {
     /// Numbers of the consoles.
     #[serde(default)]
     pub(crate) consoles: Vec<u32>,
-    /// Whose connection the answer goes to, if the successor gives it.
-    pub(crate) asked_by: ClientId,
     pub(crate) programs: Vec<PathBuf>,
     pub(crate) history: History,
 }

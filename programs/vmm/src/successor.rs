@@ -1,17 +1,16 @@
 //! A VMM that takes a machine over.
 
-use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use anyhow::bail;
+use exec::Handoff;
 use machine::Incoming;
 use machine::Machine;
-use machine::SettleError;
 use machine::update::Observer;
 use serde::Deserialize as _;
-use socket::Handed;
+use socket::Running;
 use socket::Successor;
 use socket::Timeouts;
 use tracing::debug;
@@ -20,7 +19,6 @@ use tracing::warn;
 use crate::backends::Backends;
 use crate::clients::Clients;
 use crate::confine::Confine;
-use crate::control::Answer;
 use crate::control::GuestKind;
 use crate::guest::AnyGuest;
 use crate::guest::Health;
@@ -36,7 +34,7 @@ use crate::serve::Told;
 use crate::serve::Vmm;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
-use crate::update::GO_ON;
+use crate::update::go_on;
 
 /// Where the predecessor is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,8 +43,13 @@ pub enum Start {
     Started,
     /// It listens at this path.
     Connect(PathBuf),
-    /// This process executed it before, and it has left a hand-off in the descriptor with this number.
-    Executed(RawFd),
+    /// This process executed it before, and it has left this.
+    Executed(Handoff),
+}
+
+/// Formats of its own states that this VMM can read.
+pub fn formats() -> impl Iterator<Item = &'static str> {
+    kvm_guest::FORMATS.into_iter().chain(thread_guest::FORMATS).chain(devices::FORMATS)
 }
 
 /// Takes a machine over from its VMM, and serves. `observer` is told each step as it is reached.
@@ -54,17 +57,35 @@ pub enum Start {
 /// # Errors
 /// If the machine was not taken over, which leaves the guest in the predecessor; or if it was, and the guest is lost.
 pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -> anyhow::Result<()> {
-    let of_guests = kvm_guest::FORMATS.into_iter().chain(thread_guest::FORMATS);
-    let formats: Vec<&str> = of_guests.chain(devices::FORMATS).collect();
-    let successor = match start {
-        Start::Started => Successor::from_stdin(&formats, timeouts)?,
-        Start::Connect(path) => Successor::connect(path, &formats, timeouts)?,
-        Start::Executed(number) => return serve(go_on(*number, observer)?),
+    let formats: Vec<&str> = formats().collect();
+    let (successor, way_back) = match start {
+        Start::Started => (Successor::from_stdin(&formats, timeouts), None),
+        Start::Connect(path) => (Successor::connect(path, &formats, timeouts), None),
+        Start::Executed(handoff) => {
+            let life = exec::Life::begin(handoff)?;
+            (Successor::greet(life.channel, &formats, timeouts), Some(life.way_back))
+        }
     };
+    let executed_again = matches!(way_back, Some(None));
+    let taken = successor.map_err(Into::into).and_then(|successor| take(successor, observer));
+    let taken = match (taken, way_back.flatten()) {
+        (Err(error), Some(way_back)) => {
+            return Err(way_back.take(&format!("{error:#}"), &go_on()).into());
+        }
+        (taken, _) => taken?,
+    };
+    match taken {
+        Some((running, prepared)) => serve(begin(running, prepared, !executed_again, observer)?),
+        None => Ok(()),
+    }
+}
+
+/// Takes the machine over; `None` if that was only to be rehearsed. Until it returns, nothing has happened that the
+/// predecessor could not undo.
+fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Option<(Running, Prepared)>> {
     let mut attached = successor.attach(observer)?;
     let told = attached.vmm().clone();
-    let prepared = Prepared::make(attached.incoming_mut(), &told);
-    let prepared = match prepared {
+    let mut prepared = match Prepared::make(attached.incoming_mut(), &told) {
         Ok(prepared) => prepared,
         Err(error) => {
             attached.give_up(&format!("{error:#}"));
@@ -77,11 +98,16 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
             Err(error) => warn!(error = &error as &dyn std::error::Error, "the guest will be slow at first"),
         }
     }
-    match attached.claim(observer) {
-        Ok(handed) => serve(take_over(handed, prepared, observer)?),
-        Err(error) if error.is_rehearsed() => Ok(()),
-        Err(error) => Err(error.into()),
+    let handed = match attached.claim(observer) {
+        Ok(handed) => handed,
+        Err(error) if error.is_rehearsed() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    if let Err(error) = prepared.guest.load(handed.states()) {
+        handed.give_up(&error.to_string());
+        return Err(error.into());
     }
+    Ok(Some((handed.run(observer)?, prepared)))
 }
 
 /// Serves, as confined as the machine is to be. That this cannot be is no reason to lose the guest.
@@ -150,66 +176,19 @@ impl Prepared {
     }
 }
 
-/// The successor's half of the pause, and what comes right after it.
-fn take_over(handed: Handed, mut prepared: Prepared, observer: &mut dyn Observer) -> anyhow::Result<Vmm> {
-    if let Err(error) = prepared.guest.load(handed.states()) {
-        handed.give_up(&error.to_string());
-        return Err(error.into());
-    }
-    let running = handed.run(observer)?;
+/// Lets the guest run, and makes its machine ready for the next update. It `is_updated`, or back where it was.
+fn begin(
+    running: Running,
+    mut prepared: Prepared,
+    is_updated: bool,
+    observer: &mut dyn Observer,
+) -> anyhow::Result<Vmm> {
     let (words, before) = prepared.start(running.machine())?;
     let tell = || serde_json::to_value(prepared.seen(words.as_ref(), before)).unwrap_or_default();
-    let machine = match running.settle(observer, tell) {
-        Ok(machine) => machine,
-        Err(unsettled) => {
-            unsettled_yet(&unsettled.cause);
-            unsettled.machine
-        }
-    };
-    Ok(prepared.serve(machine, words, true))
-}
-
-/// It runs; the next update tries to settle again, and says so if it cannot.
-fn unsettled_yet(cause: &SettleError) {
-    warn!(error = cause as &dyn std::error::Error, "the session is not settled");
-}
-
-/// Runs the machine of the program that this process executed before. If that cannot be, executes it again.
-fn go_on(number: RawFd, observer: &mut dyn Observer) -> anyhow::Result<Vmm> {
-    let arguments = GO_ON.map(str::to_owned).to_vec();
-    let (life, way_back) = match exec::Life::begin(number, arguments, observer) {
-        Ok(begun) => begun,
-        Err(failed) => return Err(go_back(failed.error.into(), failed.way_back)),
-    };
-    let (running, mut prepared) = match load(life, observer) {
-        Ok(loaded) => loaded,
-        Err(error) => return Err(go_back(error, way_back)),
-    };
-    let (words, before) = prepared.start(running.machine())?;
-    drop(way_back);
-    let seen = prepared.seen(words.as_ref(), before);
-    let (machine, report, settled) = running.settle(observer);
-    if let Err(error) = settled {
-        unsettled_yet(&error);
-    }
-    let updated = report.failed.is_none();
-    let answer = Answer::Update(Box::new(measure::report_of_exec(&report, &seen)));
-    prepared.clients.tell(prepared.told.asked_by, &answer);
-    Ok(prepared.serve(machine, words, updated))
-}
-
-fn load(mut life: exec::Life, observer: &mut dyn Observer) -> anyhow::Result<(exec::Running, Prepared)> {
-    let told = life.vmm().clone();
-    let mut prepared = Prepared::make(life.incoming(), &told)?;
-    let handed = life.claim(observer)?;
-    prepared.guest.load(handed.states())?;
-    Ok((handed.run(observer)?, prepared))
-}
-
-/// Executes the program before again, if there is a way back. What it returns is why there is none.
-fn go_back(error: anyhow::Error, way_back: Option<exec::WayBack>) -> anyhow::Error {
-    match way_back {
-        Some(way_back) => way_back.take(&format!("{error:#}")).into(),
-        None => error.context("the guest is lost"),
-    }
+    let machine = running.settle(observer, tell).unwrap_or_else(|unsettled| {
+        // It runs; the next update tries to settle again, and says so if it cannot.
+        warn!(error = &unsettled.cause as &dyn std::error::Error, "the session is not settled");
+        unsettled.machine
+    });
+    Ok(prepared.serve(machine, words, is_updated))
 }

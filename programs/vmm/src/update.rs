@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use anyhow::bail;
+use exec::Replaced;
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::Listener;
@@ -49,7 +50,12 @@ const HELLO: Duration = Duration::from_secs(1);
 /// What a program is told to take a machine over from another process.
 const SUCCEED: [&str; 2] = ["vmm", "succeed"];
 /// What a program is told to run the machine of the program that this process executed before.
-pub(crate) const GO_ON: [&str; 3] = ["vmm", "succeed", "--handoff"];
+const GO_ON: [&str; 3] = ["vmm", "succeed", "--handoff"];
+
+/// What a program is told to run the machine of the program that this process executed before, but for the hand-off.
+pub(crate) fn go_on() -> [String; 3] {
+    GO_ON.map(str::to_owned)
+}
 
 fn timeouts(request: &UpdateRequest) -> Timeouts {
     Timeouts {
@@ -93,12 +99,7 @@ impl Vmm {
         })
     }
 
-    fn told(
-        &self,
-        client: ClientId,
-        request: &UpdateRequest,
-        consoles: &Consoles,
-    ) -> anyhow::Result<serde_json::Value> {
+    fn told(&self, request: &UpdateRequest, consoles: &Consoles) -> anyhow::Result<serde_json::Value> {
         let told = Told {
             spec: self.spec.clone(),
             before_pause: self.guest.guest.before_pause(),
@@ -107,7 +108,6 @@ impl Vmm {
             held: self.guest.held,
             clients: self.clients.modes(),
             consoles: consoles.iter().map(|(number, ..)| *number).collect(),
-            asked_by: client,
             programs: self.programs.clone(),
             history: self.history,
         };
@@ -140,25 +140,18 @@ impl Vmm {
             Ok(found) => found,
             Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
         };
-        let offer = Offer {
-            formats: self.guest.guest.formats(),
-            fds: fds(&self.clients, &self.backends, &consoles)?,
-            vmm: self.told(client, request, &consoles)?,
-            timeouts,
-        };
+        let offer = self.offer(request, &consoles)?;
+        let offer = Offer { fds: fds(&self.clients, &self.backends, &consoles)?, ..offer };
         let mut observer = |step: Step| debug!(%step, "predecessor");
         let outcome = socket::hand_over(&mut self.machine, &mut self.guest, &channel, &offer, &mut observer);
         drop(offer);
         match outcome.context("the guest is lost")? {
             Outcome::Updated(report) => {
-                let report = measure::report(&report, self.guest.stopped_ns());
-                info!(pause_us = report.pause_us, successor = report.successor_pid, "updated");
-                self.clients.tell(client, &Answer::Update(Box::new(report)));
-                self.clients.leave();
                 if let Some(started) = started {
                     started.let_go();
                 }
-                Ok(After::End)
+                let report = measure::report(&report, self.guest.stopped_ns());
+                Ok(self.leave(client, report))
             }
             Outcome::RolledBack { reason, pause, .. } => {
                 drop(channel);
@@ -172,43 +165,70 @@ impl Vmm {
     /// Executes the successor's program, once it has shown in a process of its own that it can run the machine.
     fn execute(&mut self, client: ClientId, request: &UpdateRequest) -> anyhow::Result<After> {
         let rehearsed = self.consoles().and_then(|consoles| {
-            let program = self.rehearsed(client, request, &consoles)?;
+            let program = self.rehearsed(request, &consoles)?;
             Ok((program, consoles))
         });
         let (program, consoles) = match rehearsed {
             Ok(rehearsed) => rehearsed,
             Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
         };
-        let offer = exec::Offer {
-            fds: fds(&self.clients, &self.backends, &consoles)?,
-            vmm: self.told(client, request, &consoles)?,
-            arguments: GO_ON.map(str::to_owned).to_vec(),
-        };
+        let offer = self.offer(request, &consoles)?;
+        let offer = Offer { fds: fds(&self.clients, &self.backends, &consoles)?, ..offer };
         let mut observer = |step: Step| debug!(%step, "program before");
-        let back = exec::replace(&mut self.machine, &mut self.guest, &program, &offer, &mut observer);
-        let back = back.context("the guest is lost")?;
+        let replaced =
+            exec::replace(&mut self.machine, &mut self.guest, &program, &go_on(), &offer, &mut observer);
         drop(offer);
-        let reason = format!("{:#}", anyhow::Error::new(back.reason));
-        let report = self.rolled_back(reason, back.pause.map(measure::micros_of));
-        self.clients.tell(client, &Answer::Update(Box::new(report)));
-        Ok(After::Go)
+        match replaced.context("the guest is lost")? {
+            Replaced::Updated { report, aside } => {
+                let report = measure::report(&report, self.guest.stopped_ns());
+                let report = UpdateReport { aside_us: Some(measure::micros_of(aside)), ..report };
+                Ok(self.leave(client, report))
+            }
+            Replaced::WentBack { reason, pause, report, aside } => {
+                let reason = format!("{:#}", anyhow::Error::new(reason));
+                let report = measure::report_of_return(&report, self.guest.stopped_ns(), reason, pause);
+                let report = UpdateReport { aside_us: Some(measure::micros_of(aside)), ..report };
+                Ok(self.leave(client, report))
+            }
+            Replaced::RolledBack { reason, pause, left } => {
+                let reason = format!("{:#}", anyhow::Error::new(reason));
+                let reason = left.map_or(reason.clone(), |left| {
+                    format!(
+                        "{reason}; the guest runs on in process {}, and no longer in {left}",
+                        process::id()
+                    )
+                });
+                let report = self.rolled_back(reason, pause.map(measure::micros_of));
+                self.clients.tell(client, &Answer::Update(Box::new(report)));
+                Ok(After::Go)
+            }
+        }
     }
 
-    fn rehearsed(
-        &mut self,
-        client: ClientId,
-        request: &UpdateRequest,
-        consoles: &Consoles,
-    ) -> anyhow::Result<Program> {
+    /// What is told of the machine, without the descriptors that go with it.
+    fn offer(&self, request: &UpdateRequest, consoles: &Consoles) -> anyhow::Result<Offer<'static>> {
+        Ok(Offer {
+            formats: self.guest.guest.formats(),
+            fds: Vec::new(),
+            vmm: self.told(request, consoles)?,
+            timeouts: timeouts(request),
+        })
+    }
+
+    /// The guest runs elsewhere: tells who asked, and leaves.
+    fn leave(&mut self, client: ClientId, report: UpdateReport) -> After {
+        info!(pause_us = report.pause_us, successor = report.successor_pid, outcome = ?report.outcome, "leaves");
+        self.clients.tell(client, &Answer::Update(Box::new(report)));
+        self.clients.leave();
+        After::End
+    }
+
+    fn rehearsed(&mut self, request: &UpdateRequest, consoles: &Consoles) -> anyhow::Result<Program> {
         let program = self.program(&request.successor)?;
         self.guest.guest.before_freeze()?;
         let (channel, started) = program.start(SUCCEED)?;
-        let offer = Offer {
-            formats: self.guest.guest.formats(),
-            fds: fds(&self.clients, &self.backends, consoles)?,
-            vmm: self.told(client, &UpdateRequest { populate: false, ..request.clone() }, consoles)?,
-            timeouts: timeouts(request),
-        };
+        let offer = self.offer(&UpdateRequest { populate: false, ..request.clone() }, consoles)?;
+        let offer = Offer { fds: fds(&self.clients, &self.backends, consoles)?, ..offer };
         let mut observer = |step: Step| debug!(%step, "rehearsal");
         let rehearsed = socket::rehearse(&mut self.machine, &channel, &offer, &mut observer);
         rehearsed.map_err(|reason| anyhow::anyhow!(why(reason, Some(started))))?;
@@ -233,6 +253,7 @@ impl Vmm {
             outcome: UpdateOutcome::RolledBack,
             reason: Some(reason),
             pause_us,
+            aside_us: None,
             guest_pause_us: None,
             phases_us: std::collections::BTreeMap::new(),
             ticks_before: ticks.unwrap_or_default(),

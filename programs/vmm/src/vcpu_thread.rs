@@ -109,7 +109,7 @@ impl VcpuThread {
             let moments = Arc::clone(&moments);
             move || {
                 moments.thread.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
-                if let Some(Err(error)) = scheduling.as_ref().map(sched::set) {
+                if let Some(Err(error)) = scheduling.as_ref().map(|wanted| sched::set(None, wanted)) {
                     warn!(
                         error = &error as &dyn std::error::Error,
                         name, "the vCPU is scheduled like any thread"

@@ -217,6 +217,15 @@ impl Channel {
         Ok(Self { socket: fd })
     }
 
+    /// Another descriptor of the same end: the peer sees it closed when both are.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel has no room for one more descriptor.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self { socket: self.socket.try_clone()? })
+    }
+
     /// Only for a socket that this crate has made and connected itself.
     pub(crate) fn from_connected(socket: OwnedFd) -> Self {
         Self { socket }

@@ -72,10 +72,8 @@ pub enum SignalError {
 ///
 /// The kick itself stays with the vCPU, which will take it when it next leaves the guest by itself.
 #[derive(Debug, thiserror::Error)]
-#[error("thread {thread} could not be sent signal {signal}")]
+#[error("the vCPU's thread could not be sent signal {signal}")]
 pub struct KickError {
-    /// The thread that runs the vCPU.
-    pub thread: i32,
     /// Number of the signal.
     pub signal: i32,
     /// What the kernel said: EAGAIN if the user has too many signals queued.
@@ -182,8 +180,8 @@ impl Drop for ExitFlag {
 #[derive(Debug)]
 pub(crate) struct Bell {
     exit: ExitFlag,
-    /// The thread inside a run.
-    inside: Mutex<Option<libc::pid_t>>,
+    /// The thread inside a run. Not its number, which is another once it has gone on in another process.
+    inside: Mutex<Option<libc::pthread_t>>,
 }
 
 impl Bell {
@@ -191,7 +189,7 @@ impl Bell {
         Ok(Arc::new(Self { exit: ExitFlag::map(vcpu)?, inside: Mutex::new(None) }))
     }
 
-    fn inside(&self) -> MutexGuard<'_, Option<libc::pid_t>> {
+    fn inside(&self) -> MutexGuard<'_, Option<libc::pthread_t>> {
         // Nothing that can panic runs under the lock.
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -199,8 +197,8 @@ impl Bell {
     /// Says that this thread is inside a run, until the guard is dropped.
     pub(crate) fn enter(self: &Arc<Self>) -> Inside {
         unblock_signal();
-        // SAFETY: gettid has no conditions.
-        *self.inside() = Some(unsafe { libc::gettid() });
+        // SAFETY: pthread_self has no conditions.
+        *self.inside() = Some(unsafe { libc::pthread_self() });
         Inside(Arc::clone(self))
     }
 
@@ -270,9 +268,10 @@ impl Kicker {
         let inside = bell.inside();
         let Some(thread) = *inside else { return Ok(()) };
         let signal = kick_signal();
-        // SAFETY: tgkill has no conditions on memory. The lock, held until the end, keeps the thread in its
-        // run and so alive.
-        let sent = unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread, signal) };
-        if sent == 0 { Ok(()) } else { Err(KickError { thread, signal, source: io::Error::last_os_error() }) }
+        // SAFETY: the lock, held until the end, keeps the thread in its run and so alive.
+        match unsafe { libc::pthread_kill(thread, signal) } {
+            0 => Ok(()),
+            errno => Err(KickError { signal, source: io::Error::from_raw_os_error(errno) }),
+        }
     }
 }

@@ -71,11 +71,11 @@ pub fn get(thread: Option<i32>) -> Result<Scheduling, SchedError> {
     })
 }
 
-/// Has the calling thread be scheduled so.
+/// Has a thread of this process be scheduled so: the calling one, or the one with this number.
 ///
 /// # Errors
-/// [`SchedError`] if the host has none of the processors, or this process not the right.
-pub fn set(scheduling: &Scheduling) -> Result<(), SchedError> {
+/// [`SchedError`] if there is no such thread, the host has none of the processors, or this process not the right.
+pub fn set(thread: Option<i32>, scheduling: &Scheduling) -> Result<(), SchedError> {
     let mut affinity = CpuSet::new();
     for cpu in &scheduling.cpus {
         let cpu = usize::try_from(*cpu).unwrap_or(usize::MAX);
@@ -83,7 +83,8 @@ pub fn set(scheduling: &Scheduling) -> Result<(), SchedError> {
             affinity.set(cpu);
         }
     }
-    sched_setaffinity(None, &affinity).map_err(|errno| failed("set the affinity", None)(errno.into()))?;
+    sched_setaffinity(thread.and_then(Pid::from_raw), &affinity)
+        .map_err(|errno| failed("set the affinity", thread)(errno.into()))?;
     let attr = Attr {
         size: ATTR_BYTES,
         sched_policy: scheduling.policy,
@@ -94,7 +95,7 @@ pub fn set(scheduling: &Scheduling) -> Result<(), SchedError> {
         sched_deadline: scheduling.deadline_ns,
         sched_period: scheduling.period_ns,
     };
-    set_attr(&attr).map_err(failed("set the scheduling class", None))
+    set_attr(thread.unwrap_or_default(), &attr).map_err(failed("set the scheduling class", thread))
 }
 
 /// The first version of `struct sched_attr`, which every kernel takes.
@@ -121,9 +122,9 @@ fn get_attr(thread: i32) -> io::Result<Attr> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(attr) }
 }
 
-fn set_attr(attr: &Attr) -> io::Result<()> {
+fn set_attr(thread: i32, attr: &Attr) -> io::Result<()> {
     // SAFETY: the kernel reads `attr.size` bytes at the address given, which are `attr`'s own.
-    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attr), 0) };
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, thread, std::ptr::from_ref(attr), 0) };
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -138,7 +139,7 @@ mod tests {
         let wanted = Scheduling { cpus: vec![all.cpus[0]], policy: 3, nice: 5, ..all.clone() };
         let theirs = wanted.clone();
         let seen = std::thread::spawn(move || {
-            set(&theirs).unwrap();
+            set(None, &theirs).unwrap();
             get(None).unwrap()
         });
         let seen = seen.join().unwrap();
@@ -150,7 +151,7 @@ mod tests {
     #[test]
     fn processors_that_are_not_there_are_refused() {
         let scheduling = get(None).unwrap();
-        let error = set(&Scheduling { cpus: vec![1023], ..scheduling }).unwrap_err();
+        let error = set(None, &Scheduling { cpus: vec![1023], ..scheduling }).unwrap_err();
         assert!(error.to_string().contains("affinity"), "{error}");
         assert!(get(Some(i32::MAX)).is_err());
     }

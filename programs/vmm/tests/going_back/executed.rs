@@ -25,6 +25,7 @@ for_each_guest!(
     a_process_that_executes_the_next_program_stays_the_same,
     a_program_that_fails_after_execve_leaves_the_guest_to_the_one_before,
     a_program_that_fails_in_the_rehearsal_is_not_executed,
+    a_process_that_dies_after_execve_leaves_the_guest_to_one_that_shares_its_memory,
     a_thousand_updates_leave_nothing_behind,
 );
 
@@ -50,7 +51,8 @@ pub(crate) fn execute_well(rig: &Rig, pid: u32) {
     let said = || format!("{report:?}\n{}", rig.said());
     assert_eq!(report.outcome, UpdateOutcome::Updated, "{}", said());
     assert_eq!((report.predecessor_pid, report.successor_pid), (pid, Some(pid)), "{}", said());
-    assert!(report.pause_us > Some(0.0) && report.ticks_after > Some(report.ticks_before), "{}", said());
+    assert!(report.pause_us > Some(0.0) && report.aside_us > Some(0.0), "{}", said());
+    assert!(report.ticks_after > Some(report.ticks_before), "{}", said());
 }
 
 fn a_process_that_executes_the_next_program_stays_the_same(guest: GuestKind) {
@@ -81,6 +83,29 @@ fn a_program_that_fails_after_execve_leaves_the_guest_to_the_one_before(guest: G
     }
     execute_well(&rig, pid);
     rig.assert_runs_in(pid);
+}
+
+fn a_process_that_dies_after_execve_leaves_the_guest_to_one_that_shares_its_memory(guest: GuestKind) {
+    let rig = Rig::start(guest);
+    for place in
+        [Place::Started, Place::At(Step::Attached), Place::At(Step::Claimed), Place::At(Step::Loaded)]
+    {
+        let pid = rig.status().pid;
+        rig.execution(Executed::Fares(Plan::at(place, Fault::Killed)));
+        let report = execute(&rig);
+        let words =
+            ["the other side is gone", "the guest runs on in process", &format!("no longer in {pid}")];
+        let aside = rig.status().pid;
+        rig.assert_rolled_back(&report, aside, AMPLE, &words);
+        assert_ne!(aside, pid);
+        rig.assert_runs_in(aside);
+        assert_eq!(rig.status().updates, 0);
+    }
+    let pid = rig.status().pid;
+    execute_well(&rig, pid);
+    rig.assert_runs_in(pid);
+    let next = rig.update_well();
+    rig.assert_runs_in(next);
 }
 
 fn a_program_that_fails_in_the_rehearsal_is_not_executed(guest: GuestKind) {

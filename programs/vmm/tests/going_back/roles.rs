@@ -30,6 +30,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use socket::Offer;
 use socket::Outcome;
+use socket::Successor;
 use socket::Timeouts;
 use tideover_vmm::Backends;
 use tideover_vmm::Health;
@@ -162,10 +163,12 @@ pub(crate) fn pid_of(pid: u32) -> Pid {
 }
 
 /// How a program fares that a VMM executes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Executed {
     /// All goes well.
     Well,
+    /// It goes as planned.
+    Fares(Plan),
     /// It finds at once that it cannot run the machine.
     FailsAtOnce,
     /// It finds so after it has claimed the machine.
@@ -224,22 +227,31 @@ fn succeed(folder: &Path, start: &Start) -> anyhow::Result<()> {
     tideover_vmm::succeed(start, plan.timeouts(), &mut |step: Step| plan.pass(Place::At(step)))
 }
 
-/// Runs the machine of the program before. One that is to fail does so once: the program before is this one, too.
-fn go_on(folder: &Path, number: &str) -> anyhow::Result<()> {
+/// Takes the machine over from the program before. One that is to come to grief does so once: the program before is this
+/// one, too.
+fn go_on(folder: &Path, handoff: &str) -> anyhow::Result<()> {
     let executed: Executed = read(folder, "executed.json")?;
-    let number = number.parse()?;
-    let nothing = &mut |_: Step| ();
-    if executed == Executed::Well {
-        return tideover_vmm::succeed(&Start::Executed(number), Timeouts::default(), nothing);
-    }
+    let handoff = handoff.parse()?;
     write(folder, "executed.json", &Executed::Well);
-    let arguments = ["vmm", "succeed", "--handoff"].map(str::to_owned).to_vec();
-    let (life, way_back) = exec::Life::begin(number, arguments, nothing).map_err(|failed| failed.error)?;
+    if let Executed::Well | Executed::Fares(_) = executed {
+        let plan = if let Executed::Fares(plan) = executed { plan } else { Plan::well() };
+        plan.pass(Place::Started);
+        let mut observer = |step: Step| plan.pass(Place::At(step));
+        return tideover_vmm::succeed(&Start::Executed(handoff), Timeouts::default(), &mut observer);
+    }
+    let nothing = &mut |_: Step| ();
+    let arguments = ["vmm", "succeed", "--handoff"].map(str::to_owned);
+    let life = exec::Life::begin(&handoff)?;
     let handed = match executed {
-        Executed::FailsWhenClaimed => Some(life.claim(nothing)?),
+        Executed::FailsWhenClaimed => {
+            let formats: Vec<&str> = tideover_vmm::formats().collect();
+            let successor = Successor::greet(life.channel, &formats, Timeouts::default())?;
+            Some(successor.attach(nothing)?.claim(nothing)?)
+        }
         _ => None,
     };
-    let error = way_back.expect("it was not executed to go back").take("it was told to fail");
+    let error =
+        life.way_back.expect("it was not executed to go back").take("it was told to fail", &arguments);
     drop(handed);
     Err(error.into())
 }
@@ -314,7 +326,6 @@ fn hand_over<G: Served + 'static>(
             "probe": false,
             "held": false,
             "clients": ["asks"],
-            "asked_by": 0,
             "programs": told.programs,
             "history": { "made_ns": 0, "updates": 0 },
         }),

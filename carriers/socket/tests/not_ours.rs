@@ -2,11 +2,12 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::thread;
 
 use abi::Memory as _;
 use abi::MemoryMut as _;
 use abi::arena::OWNERSHIP_ADDRESS;
+use fdpass::Channel;
 use machine::Machine;
 use machine::MemoryName;
 use machine::MemorySpec;
@@ -16,9 +17,10 @@ use machine::StateName;
 use machine::update::Guest;
 use machine::update::Step;
 use region::Arena;
-use socket::Program;
-use tideover_exec::Fatal;
-use tideover_exec::Offer;
+use tideover_socket::Fatal;
+use tideover_socket::Offer;
+use tideover_socket::Successor;
+use tideover_socket::Timeouts;
 
 const VCPU: StateName = StateName::literal("vcpu0");
 
@@ -56,10 +58,17 @@ fn a_guest_whose_machine_is_anothers_is_not_resumed() {
     let spec = Spec { name, vcpus: 1, memories: vec![memory], states: vec![VCPU] };
     let mut machine = Machine::create(&spec, &mut |_, _| {}).unwrap();
     let mut guest = Taken { arena: machine.arena().clone(), resumed: false };
-    let path = PathBuf::from("/bin/false");
-    let program = Program::open(&path, std::slice::from_ref(&path)).unwrap();
+    let (ours, theirs) = Channel::pair().unwrap();
     let offer = Offer::default();
-    let end = tideover_exec::replace(&mut machine, &mut guest, &program, &offer, &mut |_: Step| {});
+    let end = thread::scope(|scope| {
+        scope.spawn(move || {
+            let successor = Successor::greet(theirs, &[], Timeouts::default()).unwrap();
+            successor.attach(&mut |_: Step| {}).unwrap().claim(&mut |_: Step| {}).unwrap_err()
+        });
+        let end = tideover_socket::hand_over(&mut machine, &mut guest, &ours, &offer, &mut |_: Step| {});
+        drop(ours);
+        end
+    });
     assert!(matches!(end, Err(Fatal::NotOurs(_))), "{end:?}");
     assert!(!guest.resumed);
 }
