@@ -12,7 +12,7 @@
 //! | [`kho`] | root FDT `kho-v4` | the kernel's |
 //! | [`radix`] | tree of preserved memory | the kernel's |
 //! | [`vmalloc`] | list of scattered pages | the kernel's |
-//! | [`block`], [`luo`] | sessions and files, `luo-v5` | the kernel's |
+//! | [`block`], [`luo`], [`flb`] | sessions, files and what files share, `luo-v5` | the kernel's |
 //! | [`memfd`], [`folio`] | a memfd, `memfd-v2`, and its folios | the kernel's |
 //! | [`kvm_vm`], [`guest_memfd`] | a VM and its guest_memfd, `kvm_vm_luo_v1` and `guest_memfd_luo_v1` | the kernel series' |
 //! | [`record`] | the fixed head of our own records | ours |
@@ -29,6 +29,7 @@ extern crate alloc;
 
 pub mod arena;
 pub mod block;
+pub mod flb;
 pub mod folio;
 pub mod foreign;
 pub mod gmem;

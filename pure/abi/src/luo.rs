@@ -1,7 +1,7 @@
 //! The Live Update Orchestrator's state, compatible `luo-v5`.
 //!
 //! The KHO subtree `LUO` holds [`LuoSer`]; it names a chain of session entries ([`crate::block`]) and a
-//! page of file-lifecycle-bound objects. A session names a chain of file entries; a file entry names its
+//! page of objects that files share ([`crate::flb`]). A session names a chain of file entries; a file entry names its
 //! handler's compatible string, its token, and the physical address of the handler's own structure.
 
 use alloc::collections::BTreeSet;
@@ -16,6 +16,8 @@ use zerocopy::Unaligned;
 use zerocopy::little_endian::U64;
 
 use crate::block::Chain;
+use crate::flb;
+use crate::flb::Flb;
 use crate::memory::Malformed;
 use crate::memory::Memory;
 use crate::memory::Place;
@@ -72,20 +74,8 @@ pub struct FileSer {
     pub token: U64,
 }
 
-/// Head of the page of FLBs. We write none; 64-byte entries would follow.
-#[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
-#[repr(C)]
-pub struct FlbHeader {
-    /// Pages of this table: 1.
-    pub pages: U64,
-    /// Entries.
-    pub count: U64,
-}
-
 const _: () = assert!(size_of::<LuoSer>() == 32 && size_of::<SessionSer>() == 80);
-const _: () = assert!(size_of::<FileSer>() == 64 && size_of::<FlbHeader>() == 16);
+const _: () = assert!(size_of::<FileSer>() == 64);
 
 impl LuoSer {
     /// The blob of an update.
@@ -128,6 +118,8 @@ pub struct Luo {
     pub liveupdate_num: u64,
     /// The sessions, the first created first.
     pub sessions: Vec<Session>,
+    /// Objects that files share, in the order of their registration.
+    pub flbs: Vec<Flb>,
     /// Pages of this structure: the blob's, the blocks', the FLBs'.
     pub pages: Vec<u64>,
 }
@@ -152,12 +144,11 @@ impl Luo {
         if !seen.insert(flbs) {
             return Err(place.bad("flbs_pa", Problem::Repeated { found: flbs }));
         }
-        let flb: FlbHeader = Place::new("luo flb", flbs).get(memory)?;
-        Place::new("luo flb", flbs).expect("pgcnt", flb.pages.get(), 1)?;
         let chain = Chain::<SessionSer>::read(memory, ser.sessions.get(), &mut seen)?;
         let mut pages = alloc::vec![page_of(address), flbs];
         pages.extend(&chain.blocks);
-        let mut luo = Self { liveupdate_num: ser.liveupdate_num.get(), sessions: Vec::new(), pages };
+        let (liveupdate_num, flbs) = (ser.liveupdate_num.get(), flb::read(memory, flbs)?);
+        let mut luo = Self { liveupdate_num, sessions: Vec::new(), flbs, pages };
         let mut names = BTreeSet::new();
         for entry in &chain.entries {
             let (session, blocks) = read_session(memory, place, entry, &mut seen)?;
@@ -238,7 +229,7 @@ mod tests {
             memory[page * PAGE_BYTES..][..bytes.len()].copy_from_slice(bytes);
         };
         put(&mut memory, 1, LuoSer::new(1, 3 * 4096, 2 * 4096).as_bytes());
-        put(&mut memory, 2, FlbHeader { pages: 1.into(), count: 0.into() }.as_bytes());
+        put(&mut memory, 2, &flb::encode(&[]).unwrap());
         put(&mut memory, 3, &block::encode(&[session.entry(4 * 4096)], &[3 * 4096])[0]);
         put(&mut memory, 4, &block::encode(&files, &[4 * 4096])[0]);
         memory
@@ -297,9 +288,10 @@ mod tests {
     fn a_page_is_one_thing() {
         let session = Session { name: SessionName::literal("vm-a"), files: vec![file(1)] };
         // The page of FLBs is a session block that says 1 entry, too.
+        let shared = flb::encode(&[Flb { name: Compatible::literal("x"), data: 0, count: 1 }]).unwrap();
         for (at, page) in [(4096 + 16, 2u64), (4096 + 16, 1), (4096 + 24, 1), (3 * 4096 + 16 + 64, 3)] {
             let mut memory = memory(&session);
-            memory[2 * 4096 + 8] = 1;
+            memory[2 * 4096..3 * 4096].copy_from_slice(&shared);
             memory[at..at + 8].copy_from_slice(&(page * 4096).to_le_bytes());
             let error = Luo::read(&memory, 4096, 32).unwrap_err();
             assert_eq!(error.problem, Problem::Repeated { found: page * 4096 });

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use ruzstd::decoding::StreamingDecoder;
 use tideover_abi::Memory as _;
 use tideover_abi::block;
+use tideover_abi::flb;
 use tideover_abi::kho::RootFdt;
 use tideover_abi::kho::SubtreeName;
 use tideover_abi::luo;
@@ -95,6 +96,7 @@ fn the_luo_blob_and_blocks_are_those_that_the_kernel_wrote() {
     let word = |at: usize| u64::from_le_bytes(theirs[at..at + 8].try_into().unwrap());
     let (first, flbs) = (word(16), word(24));
     assert_eq!(LuoSer::new(1, first, flbs).as_bytes(), theirs);
+    assert_eq!(flb::encode(&luo().flbs).unwrap().as_slice(), read(flbs, 4096), "the page of shared objects");
     let luo = luo();
     // The block's header and its entries; what follows them is not said to be anything.
     let entry = |index: usize| read(first + 16 + 80 * index as u64, 80);
