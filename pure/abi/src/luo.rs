@@ -229,7 +229,7 @@ mod tests {
             memory[page * PAGE_BYTES..][..bytes.len()].copy_from_slice(bytes);
         };
         put(&mut memory, 1, LuoSer::new(1, 3 * 4096, 2 * 4096).as_bytes());
-        put(&mut memory, 2, &flb::encode(&[]).unwrap());
+        put(&mut memory, 2, &flb::encode(&[]));
         put(&mut memory, 3, &block::encode(&[session.entry(4 * 4096)], &[3 * 4096])[0]);
         put(&mut memory, 4, &block::encode(&files, &[4 * 4096])[0]);
         memory
@@ -288,7 +288,7 @@ mod tests {
     fn a_page_is_one_thing() {
         let session = Session { name: SessionName::literal("vm-a"), files: vec![file(1)] };
         // The page of FLBs is a session block that says 1 entry, too.
-        let shared = flb::encode(&[Flb { name: Compatible::literal("x"), data: 0, count: 1 }]).unwrap();
+        let shared = flb::encode(&[Flb { name: Compatible::literal("x"), data: 0, count: 1 }]);
         for (at, page) in [(4096 + 16, 2u64), (4096 + 16, 1), (4096 + 24, 1), (3 * 4096 + 16 + 64, 3)] {
             let mut memory = memory(&session);
             memory[2 * 4096..3 * 4096].copy_from_slice(&shared);

@@ -262,7 +262,7 @@ fn retrieve(change: impl FnOnce(&mut GmemRecord)) -> Result<File, Errno> {
     change(&mut record);
     let data = kho.store(&record.encode()).unwrap().start().address();
     let handler = GmemHandler::new(arena, vec![]);
-    handler.retrieve(&mut Context { kho: &mut kho, session: SESSION }, data).map_err(|error| error.errno())
+    handler.retrieve(&mut Context::new(&mut kho, SESSION), data).map_err(|error| error.errno())
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn a_record_of_memory_that_is_not_preserved_is_refused() {
     let Life { arena, mut kho, inode } = first_life();
     let data = kho.store(&record(&inode).encode()).unwrap().start().address();
     let handler = GmemHandler::new(arena, vec![]);
-    let refused = handler.retrieve(&mut Context { kho: &mut kho, session: SESSION }, data);
+    let refused = handler.retrieve(&mut Context::new(&mut kho, SESSION), data);
     assert_eq!(refused.unwrap_err().errno(), Errno::EINVAL);
 }
 
@@ -325,7 +325,7 @@ fn what_is_no_record_frees_nothing_when_it_is_finished() {
     kho.commit().unwrap();
     let used = kho.used_bytes();
     let handler = GmemHandler::new(arena, vec![]);
-    let mut context = Context { kho: &mut kho, session: SESSION };
+    let mut context = Context::new(&mut kho, SESSION);
     handler.finish(&mut context, None, stranger.start().address());
     kho.commit().unwrap();
     assert_eq!(kho.used_bytes(), used);

@@ -11,6 +11,12 @@ use thiserror::Error;
 
 use crate::File;
 use crate::FileId;
+use crate::Object;
+use crate::ShareError;
+use crate::SharedError;
+use crate::SharedObject;
+use crate::shared::MAX_SHARED;
+use crate::shared::Pool;
 
 /// The error number that a kernel gives for the same refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,6 +30,7 @@ pub enum Errno {
     EEXIST,
     EINVAL,
     ENOSPC,
+    ENODATA,
     EOPNOTSUPP,
 }
 
@@ -67,6 +74,38 @@ pub struct Context<'a> {
     pub kho: &'a mut Kho,
     /// The session of the file.
     pub session: SessionName,
+    shared: Option<&'a mut Pool>,
+}
+
+impl<'a> Context<'a> {
+    /// What a handler is given that is called by itself, without a [`Luo`](crate::Luo): it knows no shared object.
+    pub fn new(kho: &'a mut Kho, session: SessionName) -> Self {
+        Self { kho, session, shared: None }
+    }
+
+    pub(crate) fn with(kho: &'a mut Kho, session: SessionName, shared: &'a mut Pool) -> Self {
+        Self { kho, session, shared: Some(shared) }
+    }
+
+    /// The [shared object](crate::SharedObject) of this name that this life preserves. One that the handler needs is
+    /// there whenever a file of the handler's is preserved.
+    ///
+    /// # Errors
+    /// [`SharedError`] if it is not preserved.
+    pub fn outgoing_shared(&mut self, object: &Compatible) -> Result<Object, SharedError> {
+        let unknown = SharedError::Unknown { object: *object };
+        self.shared.as_mut().ok_or(unknown)?.outgoing(object)
+    }
+
+    /// The [shared object](crate::SharedObject) of this name that this life received. It is retrieved when it is first
+    /// asked for.
+    ///
+    /// # Errors
+    /// [`SharedError`] if it was not received, is finished, or cannot be retrieved.
+    pub fn incoming_shared(&mut self, object: &Compatible) -> Result<Object, SharedError> {
+        let unknown = SharedError::Unknown { object: *object };
+        self.shared.as_mut().ok_or(unknown)?.incoming(self.kho, object)
+    }
 }
 
 /// Preserves one kind of file, in the kernel's verbs.
@@ -125,10 +164,26 @@ pub struct RegisterError {
     pub compatible: Compatible,
 }
 
-/// The handlers of one life, in the order in which they are asked.
+impl RegisterError {
+    /// The kernel's error number for the same refusal.
+    pub fn errno(&self) -> Errno {
+        Errno::EEXIST
+    }
+}
+
+/// A handler, and what its files need.
+#[derive(Clone)]
+pub(crate) struct Registered {
+    pub(crate) handler: Arc<dyn Handler>,
+    /// Places of the shared objects, in the order of their registration for it.
+    pub(crate) needs: Arc<[usize]>,
+}
+
+/// The handlers of one life, in the order in which they are asked, and the objects that their files share.
 #[derive(Clone, Default)]
 pub struct Handlers {
-    list: Vec<Arc<dyn Handler>>,
+    list: Vec<Registered>,
+    shared: Vec<Arc<dyn SharedObject>>,
 }
 
 impl Handlers {
@@ -138,26 +193,66 @@ impl Handlers {
     /// [`RegisterError`] if there is one of the same kind.
     pub fn register(&mut self, handler: impl Handler + 'static) -> Result<(), RegisterError> {
         let compatible = handler.compatible();
-        if self.of(&compatible).is_some() {
+        if self.registered(&compatible).is_some() {
             return Err(RegisterError { compatible });
         }
-        self.list.push(Arc::new(handler));
+        self.list.push(Registered { handler: Arc::new(handler), needs: Arc::default() });
+        Ok(())
+    }
+
+    /// Says that files of `kind` need a shared object. The same one may be registered for several kinds.
+    ///
+    /// # Errors
+    /// [`ShareError`]; then nothing was changed.
+    pub fn register_shared(
+        &mut self,
+        kind: &Compatible,
+        object: &Arc<dyn SharedObject>,
+    ) -> Result<(), ShareError> {
+        let (kind, name) = (*kind, object.compatible());
+        let known = self.shared.iter().position(|other| Arc::ptr_eq(other, object));
+        let handler = self.list.iter_mut().find(|registered| registered.handler.compatible() == kind);
+        let handler = handler.ok_or(ShareError::UnknownHandler { kind, object: name })?;
+        if known.is_some_and(|place| handler.needs.contains(&place)) {
+            return Err(ShareError::Twice { kind, object: name });
+        }
+        if known.is_none() && self.shared.len() >= MAX_SHARED {
+            return Err(ShareError::TooMany);
+        }
+        if known.is_none() && self.shared.iter().any(|other| other.compatible() == name) {
+            return Err(ShareError::Exists { object: name });
+        }
+        let place = known.unwrap_or(self.shared.len());
+        handler.needs = handler.needs.iter().copied().chain([place]).collect();
+        if known.is_none() {
+            self.shared.push(Arc::clone(object));
+        }
         Ok(())
     }
 
     /// The handler of this kind.
     pub fn of(&self, compatible: &Compatible) -> Option<&Arc<dyn Handler>> {
-        self.list.iter().find(|handler| handler.compatible() == *compatible)
+        self.registered(compatible).map(|registered| &registered.handler)
+    }
+
+    pub(crate) fn registered(&self, compatible: &Compatible) -> Option<&Registered> {
+        self.list.iter().find(|registered| registered.handler.compatible() == *compatible)
     }
 
     /// The first handler that says yes to this file.
-    pub(crate) fn for_file(&self, file: &File) -> Option<&Arc<dyn Handler>> {
-        self.list.iter().find(|handler| handler.can_preserve(file))
+    pub(crate) fn for_file(&self, file: &File) -> Option<&Registered> {
+        self.list.iter().find(|registered| registered.handler.can_preserve(file))
     }
 
-    /// The kinds that can be read.
+    /// All shared objects, in the order of their registration.
+    pub(crate) fn shared(&self) -> &[Arc<dyn SharedObject>] {
+        &self.shared
+    }
+
+    /// The kinds that can be read, of files first and then of shared objects.
     pub fn compatibles(&self) -> Vec<Compatible> {
-        self.list.iter().map(|handler| handler.compatible()).collect()
+        let files = self.list.iter().map(|registered| registered.handler.compatible());
+        files.chain(self.shared.iter().map(|object| object.compatible())).collect()
     }
 }
 

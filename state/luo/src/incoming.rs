@@ -14,11 +14,11 @@ use crate::Context;
 use crate::Errno;
 use crate::File;
 use crate::FileId;
-use crate::Handler;
 use crate::HandlerError;
 use crate::Handlers;
 use crate::Luo;
 use crate::Token;
+use crate::handler::Registered;
 use crate::ordered::Ordered;
 
 /// Why a file was not retrieved.
@@ -84,6 +84,16 @@ pub enum FinishError {
     },
 }
 
+impl FinishError {
+    /// The kernel's error number for the same refusal.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::UnknownSession { .. } => Errno::ENOENT,
+            Self::Busy { .. } => Errno::EBUSY,
+        }
+    }
+}
+
 /// What a finished session leaves.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Finished {
@@ -100,14 +110,14 @@ enum Retrieved {
 /// A file that was received.
 pub(crate) struct Received {
     token: Token,
-    handler: Arc<dyn Handler>,
+    pub(crate) kind: Registered,
     data: u64,
     state: Retrieved,
 }
 
 impl Received {
     pub(crate) fn compatible(&self) -> Compatible {
-        self.handler.compatible()
+        self.kind.handler.compatible()
     }
 
     fn file(&self) -> Option<&File> {
@@ -137,8 +147,8 @@ impl Incoming {
         let file = |file: &wire::File| {
             let (token, compatible) = (Token(file.token), file.compatible);
             let unknown = || AttachError::UnknownHandler { session: session.name, token, compatible };
-            let handler = Arc::clone(handlers.of(&compatible).ok_or_else(unknown)?);
-            Ok((token, Received { token, handler, data: file.data, state: Retrieved::NotTried }))
+            let kind = handlers.registered(&compatible).ok_or_else(unknown)?.clone();
+            Ok((token, Received { token, kind, data: file.data, state: Retrieved::NotTried }))
         };
         let files = session.files.iter().map(file).collect::<Result<_, _>>()?;
         Ok(Self { name: session.name, files })
@@ -185,9 +195,10 @@ impl Luo {
             Retrieved::Failed(error) => return Err(failed(error.clone())),
             Retrieved::NotTried => {}
         }
-        match file.handler.retrieve(&mut Context { kho, session: name }, file.data) {
+        let mut context = Context::with(kho, name, &mut self.shared);
+        match file.kind.handler.retrieve(&mut context, file.data) {
             Ok(made) => {
-                let id = file.handler.id(&made);
+                let id = file.kind.handler.id(&made);
                 self.held.insert(id, (name, token));
                 file.state = Retrieved::File(Arc::clone(&made), id);
                 Ok(made)
@@ -210,7 +221,7 @@ impl Luo {
             None if self.finished.contains(&name) => return Ok(Finished::default()),
             None => return Err(FinishError::UnknownSession { session: name }),
         };
-        if let Some(file) = session.files.iter().find(|file| !file.handler.can_finish(file.file())) {
+        if let Some(file) = session.files.iter().find(|file| !file.kind.handler.can_finish(file.file())) {
             return Err(FinishError::Busy {
                 session: name,
                 token: file.token,
@@ -221,7 +232,9 @@ impl Luo {
         let files = self.incoming.remove(&name).map(|session| session.files).unwrap_or_default();
         let mut finished = Finished::default();
         for file in files.into_values().rev() {
-            file.handler.finish(&mut Context { kho, session: name }, file.file(), file.data);
+            let mut context = Context::with(kho, name, &mut self.shared);
+            file.kind.handler.finish(&mut context, file.file(), file.data);
+            self.shared.finish_file(kho, &file.kind.needs);
             match file.state {
                 Retrieved::File(_, id) => {
                     self.held.remove(&id);
@@ -229,6 +242,7 @@ impl Luo {
                 Retrieved::NotTried | Retrieved::Failed(_) => finished.unclaimed.push(file.token),
             }
         }
+        self.shared.finish_unneeded(kho);
         finished.unclaimed.reverse();
         Ok(finished)
     }

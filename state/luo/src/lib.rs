@@ -16,6 +16,7 @@ mod handler;
 mod incoming;
 mod ordered;
 mod outgoing;
+mod shared;
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -27,6 +28,8 @@ use std::sync::atomic::Ordering;
 
 use abi::Malformed;
 use abi::block;
+use abi::flb;
+use abi::flb::Flb;
 use abi::kho::Subtree;
 use abi::kho::SubtreeName;
 use abi::luo as wire;
@@ -51,6 +54,12 @@ pub use outgoing::PreserveError;
 pub use outgoing::SessionError;
 use pages::PAGE_SIZE;
 use pages::PageRange;
+pub use shared::Hold;
+pub use shared::Object;
+use shared::Pool;
+pub use shared::ShareError;
+pub use shared::SharedError;
+pub use shared::SharedObject;
 use thiserror::Error;
 use zerocopy::IntoBytes;
 
@@ -107,6 +116,22 @@ pub enum AttachError {
         /// Its kind.
         compatible: Compatible,
     },
+    /// An object that files share is not known here.
+    #[error("no shared object {object} is registered")]
+    UnknownShared {
+        /// Its name.
+        object: Compatible,
+    },
+}
+
+impl AttachError {
+    /// The kernel's error number: what the first open of its device answers, where it does not stop the boot.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Missing => Errno::ENOENT,
+            Self::Malformed(_) | Self::UnknownHandler { .. } | Self::UnknownShared { .. } => Errno::EIO,
+        }
+    }
 }
 
 /// Why the state could not be published. What was published before still is.
@@ -118,6 +143,12 @@ pub enum PublishError {
         /// The session.
         session: SessionName,
     },
+    /// A shared object was received and is not finished, and another one of its name is preserved.
+    #[error("shared object {object} was received and is not finished yet: its name is taken")]
+    UnfinishedShared {
+        /// The object.
+        object: Compatible,
+    },
     /// No room.
     #[error("cannot keep the sessions")]
     Store(#[source] StoreError),
@@ -126,10 +157,21 @@ pub enum PublishError {
     Commit(#[source] CommitError),
 }
 
+impl PublishError {
+    /// The kernel's error number for a like refusal: what its serialisation inside reboot(2) answers.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Unfinished { .. } | Self::UnfinishedShared { .. } => Errno::EBUSY,
+            Self::Store(_) | Self::Commit(_) => Errno::ENOMEM,
+        }
+    }
+}
+
 /// The sessions of one arena.
 #[derive(Debug)]
 pub struct Luo {
     handlers: Handlers,
+    shared: Pool,
     number: u64,
     outgoing: Ordered<SessionName, Outgoing>,
     /// What was received and is not finished.
@@ -145,6 +187,7 @@ impl Luo {
     /// No sessions: the first life of an arena.
     pub fn new(handlers: Handlers) -> Self {
         Self {
+            shared: Pool::new(&handlers),
             handlers,
             number: 1,
             outgoing: Ordered::default(),
@@ -172,10 +215,14 @@ impl Luo {
         }
         let incoming =
             read.sessions.iter().map(|session| Ok((session.name, Incoming::new(session, &handlers)?)));
-        let incoming = incoming.collect::<Result<_, _>>()?;
+        let incoming: Ordered<SessionName, Incoming> = incoming.collect::<Result<_, _>>()?;
+        let mut shared = Pool::new(&handlers);
+        let files = incoming.iter().flat_map(|session| session.files.iter());
+        let needs = files.map(|file| Arc::clone(&file.kind.needs));
+        shared.receive(&read.flbs, needs).map_err(|object| AttachError::UnknownShared { object })?;
         // "Each next one writes what it received and 1."
         let number = read.liveupdate_num.wrapping_add(1);
-        Ok(Self { number, incoming, pages, ..Self::new(handlers) })
+        Ok(Self { number, incoming, pages, shared, ..Self::new(handlers) })
     }
 
     /// Number of the update that this life prepares: 1 in the first life.
@@ -183,13 +230,36 @@ impl Luo {
         self.number
     }
 
-    /// Kinds of all files in all sessions, each once.
+    /// The [shared object](SharedObject) of this name that this life preserves, and a hold on it: it stays preserved until
+    /// the hold is given back, even if no file needs it any more.
+    ///
+    /// # Errors
+    /// [`SharedError`] if it is not preserved.
+    pub fn hold_shared(&mut self, object: &Compatible) -> Result<Hold, SharedError> {
+        self.shared.hold(object)
+    }
+
+    /// Gives a hold back. If it was the last that kept the object, the object is unpreserved.
+    pub fn release_shared(&mut self, kho: &mut Kho, hold: Hold) {
+        self.shared.release(kho, &hold);
+    }
+
+    /// The [shared object](SharedObject) of this name that was received. It is retrieved when it is first asked for; who
+    /// has it keeps the value, also when the object is finished.
+    ///
+    /// # Errors
+    /// [`SharedError`] if it was not received, is finished, or could not be retrieved, now or at the first try.
+    pub fn retrieve_shared(&mut self, kho: &mut Kho, object: &Compatible) -> Result<Object, SharedError> {
+        self.shared.incoming(kho, object)
+    }
+
+    /// Kinds of all files in all sessions, and of the objects that they share, each once.
     pub fn compatibles(&self) -> Vec<Compatible> {
         let outgoing =
             self.outgoing.iter().flat_map(|session| session.files.iter().map(|file| file.compatible()));
         let incoming =
             self.incoming.iter().flat_map(|session| session.files.iter().map(|file| file.compatible()));
-        let mut all: Vec<Compatible> = outgoing.chain(incoming).collect();
+        let mut all: Vec<Compatible> = outgoing.chain(incoming).chain(self.shared.names()).collect();
         all.sort_unstable();
         all.dedup();
         all
@@ -204,8 +274,9 @@ impl Luo {
     /// [`PublishError`]; then the change is still pending.
     pub fn publish(&mut self, kho: &mut Kho) -> Result<(), PublishError> {
         let sessions = self.sessions()?;
+        let flbs = self.shared.wire().map_err(|object| PublishError::UnfinishedShared { object })?;
         let mut pages = Vec::new();
-        let blob = self.write(kho, &sessions, &mut pages);
+        let blob = self.write(kho, &sessions, &flbs, &mut pages);
         let blob = match blob {
             Ok(blob) => blob,
             Err(error) => {
@@ -234,6 +305,7 @@ impl Luo {
         &self,
         kho: &mut Kho,
         sessions: &[wire::Session],
+        flbs: &[Flb],
         pages: &mut Vec<PageRange>,
     ) -> Result<u64, StoreError> {
         let mut entries = Vec::new();
@@ -242,7 +314,8 @@ impl Luo {
             entries.push(session.entry(write_chain(kho, &files, pages)?));
         }
         let first = write_chain(kho, &entries, pages)?;
-        let flbs = kho.store(wire::FlbHeader { pages: 1.into(), count: 0.into() }.as_bytes())?;
+        // No more can be registered than one page lists.
+        let flbs = kho.store(&flb::encode(flbs))?;
         pages.push(flbs);
         let ser = wire::LuoSer::new(self.number, first, flbs.start().address());
         let blob = kho.store(ser.as_bytes())?;

@@ -1,7 +1,6 @@
 //! Sessions that this life hands over.
 
 use std::fmt;
-use std::sync::Arc;
 
 use abi::luo as wire;
 use abi::luo::Compatible;
@@ -13,11 +12,13 @@ use crate::Context;
 use crate::Errno;
 use crate::File;
 use crate::FileId;
-use crate::Handler;
 use crate::HandlerError;
 use crate::Luo;
 use crate::Token;
+use crate::handler::Registered;
 use crate::ordered::Ordered;
+use crate::shared::Pool;
+use crate::shared::Refused;
 
 /// The most sessions, received and unfinished ones included: 10,000 blocks of 51.
 const MAX_SESSIONS: usize = 510_000;
@@ -42,6 +43,17 @@ pub enum SessionError {
     /// There are as many as the format can list (ENOSPC).
     #[error("no more than {MAX_SESSIONS} sessions can be handed over")]
     TooMany,
+}
+
+impl SessionError {
+    /// The kernel's error number for the same refusal.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Exists { .. } => Errno::EEXIST,
+            Self::Unknown { .. } => Errno::ENOENT,
+            Self::TooMany => Errno::ENOSPC,
+        }
+    }
 }
 
 /// Why a file was not preserved, in the order in which it is checked.
@@ -80,6 +92,19 @@ pub enum PreserveError {
         /// Its token there.
         token: Token,
     },
+    /// An object that files of this kind share refused.
+    #[error("cannot preserve shared object {object}, which {token:?} of session {session} needs")]
+    Shared {
+        /// The session.
+        session: SessionName,
+        /// The token.
+        token: Token,
+        /// The object.
+        object: Compatible,
+        /// Why.
+        #[source]
+        source: HandlerError,
+    },
     /// The handler refused.
     #[error("cannot preserve {token:?} of session {session} ({compatible})")]
     Handler {
@@ -99,11 +124,12 @@ impl PreserveError {
     /// The kernel's error number for the same refusal.
     pub fn errno(&self) -> Errno {
         match self {
-            Self::Session(SessionError::Exists { .. }) | Self::TokenTaken { .. } => Errno::EEXIST,
-            Self::Session(SessionError::Unknown { .. }) | Self::NoHandler { .. } => Errno::ENOENT,
-            Self::Session(SessionError::TooMany) | Self::TooMany { .. } => Errno::ENOSPC,
+            Self::Session(error) => error.errno(),
+            Self::TokenTaken { .. } => Errno::EEXIST,
+            Self::NoHandler { .. } => Errno::ENOENT,
+            Self::TooMany { .. } => Errno::ENOSPC,
             Self::Held { .. } => Errno::EBUSY,
-            Self::Handler { source, .. } => source.errno(),
+            Self::Shared { source, .. } | Self::Handler { source, .. } => source.errno(),
         }
     }
 }
@@ -111,7 +137,7 @@ impl PreserveError {
 /// A file that is preserved.
 pub(crate) struct Preserved {
     pub(crate) token: Token,
-    handler: Arc<dyn Handler>,
+    kind: Registered,
     file: File,
     id: FileId,
     data: u64,
@@ -120,7 +146,7 @@ pub(crate) struct Preserved {
 
 impl Preserved {
     pub(crate) fn compatible(&self) -> Compatible {
-        self.handler.compatible()
+        self.kind.handler.compatible()
     }
 }
 
@@ -149,22 +175,22 @@ impl Outgoing {
     }
 
     /// Freezes the files that are not frozen, up to the first that refuses.
-    fn freeze(&mut self, kho: &mut Kho) -> Result<(), PreserveError> {
+    fn freeze(&mut self, kho: &mut Kho, pool: &mut Pool) -> Result<(), PreserveError> {
         for file in self.files.iter_mut().filter(|file| !file.frozen) {
             let (session, token, compatible) = (self.name, file.token, file.compatible());
             let failed = |source| PreserveError::Handler { session, token, compatible, source };
-            let mut context = Context { kho, session };
-            file.data = file.handler.freeze(&mut context, &file.file, file.data).map_err(failed)?;
+            let mut context = Context::with(kho, session, pool);
+            file.data = file.kind.handler.freeze(&mut context, &file.file, file.data).map_err(failed)?;
             file.frozen = true;
         }
         Ok(())
     }
 
     /// Unfreezes the files that are frozen.
-    fn unfreeze(&mut self, kho: &mut Kho) {
+    fn unfreeze(&mut self, kho: &mut Kho, pool: &mut Pool) {
         for file in self.files.iter_mut().filter(|file| file.frozen) {
-            let mut context = Context { kho, session: self.name };
-            file.data = file.handler.unfreeze(&mut context, &file.file, file.data);
+            let mut context = Context::with(kho, self.name, pool);
+            file.data = file.kind.handler.unfreeze(&mut context, &file.file, file.data);
             file.frozen = false;
         }
     }
@@ -206,17 +232,21 @@ impl Luo {
         if session.files.len() >= MAX_FILES {
             return Err(PreserveError::TooMany { session: name });
         }
-        let handler = self.handlers.for_file(&file).map(Arc::clone);
-        let handler = handler.ok_or(PreserveError::NoHandler { session: name, token })?;
-        let id = handler.id(&file);
+        let kind = self.handlers.for_file(&file).cloned();
+        let kind = kind.ok_or(PreserveError::NoHandler { session: name, token })?;
+        let id = kind.handler.id(&file);
         if let Some((session, token)) = self.held.get(&id).copied() {
             return Err(PreserveError::Held { session, token });
         }
-        let compatible = handler.compatible();
+        let shared =
+            |Refused { object, source }| PreserveError::Shared { session: name, token, object, source };
+        self.shared.need(kho, &kind.needs).map_err(shared)?;
+        let compatible = kind.handler.compatible();
         let failed = |source| PreserveError::Handler { session: name, token, compatible, source };
-        let data = handler.preserve(&mut Context { kho, session: name }, &file).map_err(failed)?;
+        let kept = kind.handler.preserve(&mut Context::with(kho, name, &mut self.shared), &file);
+        let data = kept.map_err(failed).inspect_err(|_| self.shared.let_go(kho, &kind.needs))?;
         self.held.insert(id, (name, token));
-        session.files.push(token, Preserved { token, handler, file, id, data, frozen: false });
+        session.files.push(token, Preserved { token, kind, file, id, data, frozen: false });
         Ok(())
     }
 
@@ -227,9 +257,11 @@ impl Luo {
     /// [`SessionError::Unknown`]
     pub fn drop_session(&mut self, kho: &mut Kho, name: SessionName) -> Result<(), SessionError> {
         let mut session = self.outgoing.remove(&name).ok_or(SessionError::Unknown { session: name })?;
-        session.unfreeze(kho);
+        session.unfreeze(kho, &mut self.shared);
         for file in session.files.into_values().rev() {
-            file.handler.unpreserve(&mut Context { kho, session: name }, &file.file, file.data);
+            let mut context = Context::with(kho, name, &mut self.shared);
+            file.kind.handler.unpreserve(&mut context, &file.file, file.data);
+            self.shared.let_go(kho, &file.kind.needs);
             self.held.remove(&file.id);
         }
         Ok(())
@@ -243,7 +275,7 @@ impl Luo {
     /// The first refusal. Files that were frozen are unfrozen: those of the session at fault in order, then
     /// the sessions before it, the last first. A second try is legal.
     pub fn freeze(&mut self, kho: &mut Kho) -> Result<(), PreserveError> {
-        let result = self.outgoing.iter_mut().try_for_each(|session| session.freeze(kho));
+        let result = self.outgoing.iter_mut().try_for_each(|session| session.freeze(kho, &mut self.shared));
         if result.is_err() {
             self.unfreeze(kho);
         }
@@ -252,7 +284,7 @@ impl Luo {
 
     /// There is no hand-over after all: undoes [`Luo::freeze`]. Does nothing if nothing is frozen.
     pub fn unfreeze(&mut self, kho: &mut Kho) {
-        self.outgoing.iter_mut().rev().for_each(|session| session.unfreeze(kho));
+        self.outgoing.iter_mut().rev().for_each(|session| session.unfreeze(kho, &mut self.shared));
     }
 
     /// Names of the outgoing sessions, the first made first.

@@ -9,3 +9,4 @@ mod preserve;
 mod publish;
 mod recorder;
 mod retrieve;
+mod shared;

@@ -94,7 +94,7 @@ impl Script {
     }
 
     /// True if this call refuses.
-    fn call(&self, verb: &'static str, number: u64) -> bool {
+    pub(crate) fn call(&self, verb: &'static str, number: u64) -> bool {
         let mut lines = self.0.lock().unwrap();
         if verb != "can_preserve" {
             lines.log.push(format!("{verb} {number}"));
@@ -108,7 +108,7 @@ impl Script {
         refuses
     }
 
-    fn refused(&self, verb: &'static str, number: u64) -> Result<(), HandlerError> {
+    pub(crate) fn refused(&self, verb: &'static str, number: u64) -> Result<(), HandlerError> {
         match self.call(verb, number) {
             true => Err(HandlerError::new(Errno::EOPNOTSUPP, "told to refuse")),
             false => Ok(()),
@@ -140,7 +140,7 @@ impl Record {
     }
 }
 
-fn free(kho: &mut Kho, address: u64) {
+pub(crate) fn free(kho: &mut Kho, address: u64) {
     kho.free(PageRange::of_bytes(address, 4096).unwrap());
 }
 
