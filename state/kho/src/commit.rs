@@ -200,7 +200,7 @@ impl Kho {
         }
         replaced
             .into_iter()
-            .chain(std::mem::take(&mut self.leaving))
+            .chain(std::mem::take(&mut self.leaving).into_keys())
             .for_each(|pfn| self.frames.release(pfn));
         for (name, place) in draft.nodes {
             match place {

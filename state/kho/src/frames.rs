@@ -4,7 +4,7 @@ use pages::PageRange;
 use pages::Pfn;
 
 /// One bit a frame. Frame 0 is the header's and always taken.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Frames {
     words: Vec<u64>,
     len: u64,

@@ -148,8 +148,8 @@ pub struct Kho {
     own: Frames,
     /// Frames of region 0 of which it is known what they hold: those above, and what was [adopted](Kho::adopt).
     adopted: Frames,
-    /// Frames of region 0 that the published tree holds and the next one will not.
-    leaving: Vec<Pfn>,
+    /// Frames of region 0 that the published tree holds and the next one will not, and whether they were adopted.
+    leaving: BTreeMap<Pfn, bool>,
     /// Frames of region 0 that were given out since the last commit: no reader knows them.
     fresh: BTreeSet<Pfn>,
     /// Preserved blocks by first frame; those of region 0 are single frames.
@@ -162,6 +162,37 @@ pub struct Kho {
     nodes: BTreeMap<(u32, u64), u64>,
     subtrees: Vec<Subtree>,
     slot: RootSlot,
+}
+
+/// What a [`Kho`] knows of its arena beside the bytes: frames taken, given back and adopted, marks, blobs, the tree's nodes.
+/// Of two that are equal, every later call takes the same frames and publishes the same tree.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Books {
+    frames: Frames,
+    own: Frames,
+    adopted: Frames,
+    leaving: BTreeMap<Pfn, bool>,
+    fresh: BTreeSet<Pfn>,
+    blocks: BTreeMap<u64, Key>,
+    leaves: BTreeMap<u64, Box<Node>>,
+    nodes: BTreeMap<(u32, u64), u64>,
+    subtrees: Vec<Subtree>,
+    slot: RootSlot,
+}
+
+impl std::fmt::Debug for Books {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let blocks: Vec<PageRange> = self.blocks.values().map(|key| key.range()).collect();
+        f.debug_struct("Books")
+            .field("taken", &self.frames.taken())
+            .field("adopted", &self.adopted.taken())
+            .field("given out since the last commit", &self.fresh)
+            .field("given back since", &self.leaving)
+            .field("marked", &blocks)
+            .field("subtrees", &self.subtrees)
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for Kho {
@@ -191,7 +222,7 @@ impl Kho {
             frames: Frames::new(frames),
             own: Frames::new(frames),
             adopted: Frames::new(frames),
-            leaving: Vec::new(),
+            leaving: BTreeMap::new(),
             fresh: BTreeSet::new(),
             blocks: BTreeMap::new(),
             leaves: BTreeMap::new(),
@@ -231,7 +262,7 @@ impl Kho {
             frames,
             adopted: own.clone(),
             own,
-            leaving: Vec::new(),
+            leaving: BTreeMap::new(),
             fresh: BTreeSet::new(),
             blocks: tree.blocks,
             leaves,
@@ -264,6 +295,28 @@ impl Kho {
     /// [`Malformed`] if one of them is outside region 0, is not preserved, or is something else already. Then none was
     /// adopted.
     pub fn adopt(&mut self, format: &'static str, range: PageRange) -> Result<(), Malformed> {
+        self.adopt_all(format, &[range])
+    }
+
+    /// [Adopts](Kho::adopt) the frames of several structures.
+    ///
+    /// # Errors
+    /// [`Malformed`] if one of them cannot be, or stands twice; then none was adopted.
+    pub fn adopt_all(&mut self, format: &'static str, ranges: &[PageRange]) -> Result<(), Malformed> {
+        let mut taken = Vec::new();
+        let result = ranges.iter().try_for_each(|range| self.adopt_one(format, *range, &mut taken));
+        if result.is_err() {
+            taken.into_iter().for_each(|pfn| self.adopted.release(pfn));
+        }
+        result
+    }
+
+    fn adopt_one(
+        &mut self,
+        format: &'static str,
+        range: PageRange,
+        taken: &mut Vec<Pfn>,
+    ) -> Result<(), Malformed> {
         let bad = |pfn: Pfn, problem| Malformed { format, address: pfn.address(), field: "frames", problem };
         if range.end() > self.frames.len() {
             let none = NoMemory { address: range.start().address(), len_bytes: range.len_bytes() };
@@ -276,8 +329,9 @@ impl Kho {
             if !self.blocks.contains_key(&pfn.get()) {
                 return Err(bad(pfn, Problem::Structure("are not preserved")));
             }
+            self.adopted.take(pfn);
+            taken.push(pfn);
         }
-        range.pages().for_each(|pfn| self.adopted.take(pfn));
         Ok(())
     }
 
@@ -293,9 +347,9 @@ impl Kho {
     /// [Adopts](Kho::adopt) the chunks and blocks of a list.
     ///
     /// # Errors
-    /// [`Malformed`] if a frame cannot be adopted; then some may be.
+    /// [`Malformed`] if a frame cannot be adopted; then none was.
     pub fn adopt_list(&mut self, list: &List) -> Result<(), Malformed> {
-        list_frames(list).try_for_each(|range| self.adopt("kho_vmalloc", range))
+        self.adopt_all("kho_vmalloc", &list_frames(list).collect::<Vec<_>>())
     }
 
     /// Whose arena it is.
@@ -348,12 +402,27 @@ impl Kho {
             let key = Key::of(pfn, Order::PAGE);
             if self.blocks.get(&pfn.get()) == Some(&key) && !self.own.is_taken(pfn) {
                 self.unmark(key);
+                let was_adopted = self.adopted.is_taken(pfn);
                 self.adopted.release(pfn);
                 // What no published tree knows can be given out again at once.
                 if self.fresh.remove(&pfn) {
                     self.frames.release(pfn);
                 } else {
-                    self.leaving.push(pfn);
+                    self.leaving.insert(pfn, was_adopted);
+                }
+            }
+        }
+    }
+
+    /// Takes back that frames were [given back](Kho::free): they stay as if they never had been. Only for frames of the
+    /// published tree, and until the next commit; others are passed over.
+    pub fn keep(&mut self, range: PageRange) {
+        let frames = self.frames.len();
+        for pfn in range.pages().take_while(|pfn| pfn.get() < frames) {
+            if let Some(was_adopted) = self.leaving.remove(&pfn) {
+                self.mark(Key::of(pfn, Order::PAGE));
+                if was_adopted {
+                    self.adopted.take(pfn);
                 }
             }
         }
@@ -362,12 +431,15 @@ impl Kho {
     /// Keeps `bytes` in frames of region 0 in a row, from the start of the first.
     ///
     /// # Errors
-    /// [`StoreError`] if there is no room.
+    /// [`StoreError`] if there is no room; then nothing is taken.
     pub fn store(&mut self, bytes: &[u8]) -> Result<PageRange, StoreError> {
         let count = bytes.len().div_ceil(PAGE_BYTES).max(1) as u64;
         let no_frames = |source| StoreError::NoFrames { len_bytes: bytes.len(), source };
         let range = self.allocate(count).map_err(no_frames)?;
-        self.memory.write(range.start().address(), bytes).map_err(StoreError::NoMemory)?;
+        if let Err(none) = self.memory.write(range.start().address(), bytes) {
+            self.free(range);
+            return Err(StoreError::NoMemory(none));
+        }
         Ok(range)
     }
 
@@ -404,21 +476,23 @@ impl Kho {
             u32::try_from(len_bytes.div_ceil(PAGE_BYTES)).map_err(|_| StoreError::TooLong { len_bytes })?;
         let blocks = len_bytes.div_ceil(PAGE_BYTES);
         let mut taken = Vec::new();
+        let stored = self.store_listed(bytes, blocks, &mut taken);
+        if stored.is_err() {
+            let pages = taken.into_iter().filter_map(|page| Pfn::at(page).ok());
+            pages.for_each(|pfn| self.free(PageRange::page(pfn)));
+        }
+        Ok(Descriptor::plain(stored?, total))
+    }
+
+    /// Gives the address of the first chunk. What was `taken` is the caller's to give back if this fails.
+    fn store_listed(&mut self, bytes: &[u8], blocks: usize, taken: &mut Vec<u64>) -> Result<u64, StoreError> {
+        let no_frames = |source| StoreError::NoFrames { len_bytes: bytes.len(), source };
         for _ in 0..blocks + Descriptor::chunks(blocks) {
-            match self.allocate(1) {
-                Ok(page) => taken.push(page.start().address()),
-                Err(source) => {
-                    taken
-                        .iter()
-                        .filter_map(|page| Pfn::at(*page).ok())
-                        .for_each(|pfn| self.free(PageRange::page(pfn)));
-                    return Err(StoreError::NoFrames { len_bytes, source });
-                }
-            }
+            taken.push(self.allocate(1).map_err(no_frames)?.start().address());
         }
         let (data, chunks) = taken.split_at(blocks);
         self.write_list(bytes, data, chunks).map_err(StoreError::NoMemory)?;
-        Ok(Descriptor::plain(chunks.first().copied().unwrap_or_default(), total))
+        Ok(chunks.first().copied().unwrap_or_default())
     }
 
     fn write_list(&mut self, bytes: &[u8], data: &[u64], chunks: &[u64]) -> Result<(), NoMemory> {
@@ -500,6 +574,32 @@ impl Kho {
     /// The blob of this name: its address and size.
     pub fn subtree(&self, name: &SubtreeName) -> Option<&Subtree> {
         self.subtrees.iter().find(|subtree| subtree.name == *name)
+    }
+
+    /// Takes a blob's name away, from the next commit on.
+    pub fn remove_subtree(&mut self, name: &SubtreeName) {
+        self.subtrees.retain(|subtree| subtree.name != *name);
+    }
+
+    /// What is known of the arena beside its bytes.
+    pub fn books(&self) -> Books {
+        Books {
+            frames: self.frames.clone(),
+            own: self.own.clone(),
+            adopted: self.adopted.clone(),
+            leaving: self.leaving.clone(),
+            fresh: self.fresh.clone(),
+            blocks: self.blocks.clone(),
+            leaves: self
+                .leaves
+                .iter()
+                .filter(|(_, leaf)| leaf.iter().any(|word| *word != 0))
+                .map(|(prefix, leaf)| (*prefix, leaf.clone()))
+                .collect(),
+            nodes: self.nodes.clone(),
+            subtrees: self.subtrees.clone(),
+            slot: self.slot,
+        }
     }
 
     /// Names a blob, from the next commit on; one that had the name is replaced.

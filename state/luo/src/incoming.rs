@@ -130,8 +130,12 @@ impl Received {
 
 impl fmt::Debug for Received {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let retrieved = self.file().is_some();
-        write!(f, "{:?} {} {:#x} retrieved: {retrieved}", self.token, self.compatible(), self.data)
+        let state = match &self.state {
+            Retrieved::NotTried => "",
+            Retrieved::File(..) => " retrieved",
+            Retrieved::Failed(_) => " failed",
+        };
+        write!(f, "{:?} {} {:#x}{state}", self.token, self.compatible(), self.data)
     }
 }
 

@@ -86,7 +86,7 @@ impl fmt::Debug for Token {
 }
 
 /// Says which files are the same thing: of one, only one view can be preserved (objection O1.11).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(u64);
 
 impl FileId {
@@ -168,7 +168,6 @@ impl PublishError {
 }
 
 /// The sessions of one arena.
-#[derive(Debug)]
 pub struct Luo {
     handlers: Handlers,
     shared: Pool,
@@ -181,6 +180,26 @@ pub struct Luo {
     held: HashMap<FileId, (SessionName, Token)>,
     /// Frames that the published state lies in.
     pages: Vec<PageRange>,
+}
+
+/// All that it knows, in an order that does not change by itself.
+impl fmt::Debug for Luo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { handlers, shared, number, outgoing, incoming, finished, held, pages } = self;
+        let (mut finished, mut held) = (Vec::from_iter(finished), Vec::from_iter(held));
+        finished.sort_unstable();
+        held.sort_unstable();
+        f.debug_struct("Luo")
+            .field("handlers", handlers)
+            .field("shared", shared)
+            .field("number", number)
+            .field("outgoing", outgoing)
+            .field("incoming", incoming)
+            .field("finished", &finished)
+            .field("held", &held)
+            .field("pages", pages)
+            .finish()
+    }
 }
 
 impl Luo {
@@ -209,10 +228,6 @@ impl Luo {
             wire::Luo::read(&kho.memory(), subtree.data, subtree.size).map_err(AttachError::Malformed)?;
         let page = |address: &u64| PageRange::of_bytes(*address, PAGE_SIZE).ok();
         let pages: Vec<PageRange> = read.pages.iter().filter_map(page).collect();
-        // The first is the subtree's own.
-        for page in pages.iter().skip(1) {
-            kho.adopt(wire::COMPATIBLE, *page).map_err(AttachError::Malformed)?;
-        }
         let incoming =
             read.sessions.iter().map(|session| Ok((session.name, Incoming::new(session, &handlers)?)));
         let incoming: Ordered<SessionName, Incoming> = incoming.collect::<Result<_, _>>()?;
@@ -220,6 +235,9 @@ impl Luo {
         let files = incoming.iter().flat_map(|session| session.files.iter());
         let needs = files.map(|file| Arc::clone(&file.kind.needs));
         shared.receive(&read.flbs, needs).map_err(|object| AttachError::UnknownShared { object })?;
+        // Last, so that who fails above can try again. The first is the subtree's own.
+        kho.adopt_all(wire::COMPATIBLE, pages.get(1..).unwrap_or_default())
+            .map_err(AttachError::Malformed)?;
         // "Each next one writes what it received and 1."
         let number = read.liveupdate_num.wrapping_add(1);
         Ok(Self { number, incoming, pages, shared, ..Self::new(handlers) })
@@ -271,7 +289,7 @@ impl Luo {
     /// Incoming sessions are written, too, until they are finished.
     ///
     /// # Errors
-    /// [`PublishError`]; then the change is still pending.
+    /// [`PublishError`]; then all is as it was before, in the arena and of what is pending.
     pub fn publish(&mut self, kho: &mut Kho) -> Result<(), PublishError> {
         let sessions = self.sessions()?;
         let flbs = self.shared.wire().map_err(|object| PublishError::UnfinishedShared { object })?;
@@ -284,11 +302,22 @@ impl Luo {
                 return Err(PublishError::Store(error));
             }
         };
+        let before = kho.subtree(&SUBTREE).copied();
         // The old pages stay as they are until the commit.
-        let old = std::mem::replace(&mut self.pages, pages);
-        old.into_iter().for_each(|range| kho.free(range));
+        self.pages.iter().for_each(|range| kho.free(*range));
         kho.set_subtree(Subtree { name: SUBTREE, data: blob, size: size_of::<wire::LuoSer>() as u64 });
-        kho.commit().map_err(PublishError::Commit)
+        let committed = kho.commit();
+        if committed.is_ok() {
+            self.pages = pages;
+        } else {
+            pages.into_iter().for_each(|range| kho.free(range));
+            self.pages.iter().for_each(|range| kho.keep(*range));
+            match before {
+                Some(before) => kho.set_subtree(before),
+                None => kho.remove_subtree(&SUBTREE),
+            }
+        }
+        committed.map_err(PublishError::Commit)
     }
 
     fn sessions(&self) -> Result<Vec<wire::Session>, PublishError> {

@@ -2,17 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
+use std::fmt;
 use std::hash::Hash;
 
 /// Sessions by name, or files by token. The order is part of LUO's rules; the lookup is not linear, as it is
 /// in a kernel, where n files cost O(n²).
-#[derive(Debug)]
 pub(crate) struct Ordered<K, V> {
     /// By the number of their adding.
     entries: BTreeMap<u64, V>,
     /// One for each entry.
     numbers: HashMap<K, u64>,
     next: u64,
+}
+
+/// The entries, the first added first.
+impl<K, V: fmt::Debug> fmt::Debug for Ordered<K, V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.entries.values()).finish()
+    }
 }
 
 impl<K, V> Default for Ordered<K, V> {

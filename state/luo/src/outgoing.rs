@@ -152,7 +152,8 @@ impl Preserved {
 
 impl fmt::Debug for Preserved {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {} {:#x}", self.token, self.compatible(), self.data)
+        let frozen = if self.frozen { " frozen" } else { "" };
+        write!(f, "{:?} {} {:#x}{frozen}", self.token, self.compatible(), self.data)
     }
 }
 
@@ -285,6 +286,11 @@ impl Luo {
     /// There is no hand-over after all: undoes [`Luo::freeze`]. Does nothing if nothing is frozen.
     pub fn unfreeze(&mut self, kho: &mut Kho) {
         self.outgoing.iter_mut().rev().for_each(|session| session.unfreeze(kho, &mut self.shared));
+    }
+
+    /// Tokens of an outgoing session, in the order in which they were preserved.
+    pub fn outgoing_tokens(&self, name: SessionName) -> impl Iterator<Item = Token> + '_ {
+        self.outgoing.get(&name).into_iter().flat_map(|session| session.files.iter().map(|file| file.token))
     }
 
     /// Names of the outgoing sessions, the first made first.
