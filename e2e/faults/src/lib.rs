@@ -10,6 +10,7 @@
 //! `Debug` says.
 #![forbid(unsafe_code)]
 
+mod arena;
 mod handler;
 
 use std::fmt::Debug;
@@ -21,6 +22,7 @@ use std::sync::PoisonError;
 use abi::Memory;
 use abi::MemoryMut;
 use abi::NoMemory;
+pub use arena::VecArena;
 pub use handler::FaultyHandler;
 pub use handler::FaultyShared;
 use kho::Books;
@@ -155,14 +157,21 @@ pub fn at_every_step<W, S: PartialEq + Debug, E: Debug>(
     unreachable!("an operation has an end")
 }
 
-/// Takes every frame that [`Kho::allocate`] gives, and commits; gives the frames.
+/// Takes and commits every frame that [`Kho::allocate`] gives, until there is none; gives the frames.
 ///
 /// # Panics
-/// If that commit fails.
+/// If a commit fails.
 pub fn exhaust(kho: &mut Kho) -> Vec<PageRange> {
-    let taken: Vec<PageRange> = std::iter::from_fn(|| kho.allocate(1).ok()).collect();
-    assert!(kho.commit().is_ok(), "a commit has frames of its own");
-    taken
+    let mut taken = Vec::new();
+    loop {
+        let before = taken.len();
+        taken.extend(std::iter::from_fn(|| kho.allocate(1).ok()));
+        if taken.len() == before {
+            return taken;
+        }
+        // It may free what was given back before.
+        assert!(kho.commit().is_ok(), "a commit has frames of its own");
+    }
 }
 
 /// Runs `operation` with no frame left, with one, with two, in a row at the end of region 0 as far as that goes, until it

@@ -20,7 +20,8 @@ use tideover_kho::Kho;
 use tideover_kho::Tree;
 use zerocopy::IntoBytes;
 
-const FRAMES: u64 = 256;
+/// Room for two whole trees of all that the properties preserve.
+const FRAMES: u64 = 1024;
 
 /// Region 0 as bytes, and guest memory without any up to frame 2³¹: 64 regions.
 #[derive(Clone, Default)]
@@ -183,6 +184,7 @@ fn apply(kho: &mut Kho, held: &mut Vec<PageRange>, change: &Change) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
+    /// L2.4.8.
     #[test]
     fn every_prefix_of_the_writes_shows_the_old_or_the_new_tree(rounds in proptest::collection::vec(proptest::collection::vec(change(), 0..4), 1..6)) {
         let (memory, mut kho) = formatted();

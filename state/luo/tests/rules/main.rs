@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
 mod crash;
+mod faults;
 mod finish;
 mod freeze;
 mod handlers;

@@ -134,9 +134,10 @@ impl Record {
         Self { number: word(0), version: word(1), before: word(2) }
     }
 
-    fn write(&self, kho: &mut Kho) -> u64 {
+    fn write(&self, kho: &mut Kho) -> Result<u64, HandlerError> {
         let words = [self.number, self.version, self.before].map(u64::to_le_bytes);
-        kho.store(words.as_flattened()).unwrap().start().address()
+        let no_room = |error| HandlerError::new(Errno::ENOMEM, error);
+        Ok(kho.store(words.as_flattened()).map_err(no_room)?.start().address())
     }
 }
 
@@ -187,7 +188,7 @@ impl Handler for Recorder {
         if self.kind == BARE {
             return self.script.refused("preserve", number).map(|()| number);
         }
-        let data = Record { number, version, before: 0 }.write(context.kho);
+        let data = Record { number, version, before: 0 }.write(context.kho)?;
         self.script.refused("preserve", number).inspect_err(|_| free(context.kho, data))?;
         Ok(data)
     }
@@ -204,7 +205,7 @@ impl Handler for Recorder {
             return Ok(data);
         }
         let old = Record::read(context.kho, data);
-        Ok(Record { version: old.version + 1, before: data, ..old }.write(context.kho))
+        Record { version: old.version + 1, before: data, ..old }.write(context.kho)
     }
 
     fn unfreeze(&self, context: &mut Context<'_>, file: &File, data: u64) -> u64 {
@@ -272,6 +273,10 @@ impl MemoryMut for Arena {
 }
 
 impl Arena {
+    pub(crate) fn new(frames: u64) -> Self {
+        Self(Arc::new(Mutex::new(vec![0; usize::try_from(frames * 4096).unwrap()])))
+    }
+
     /// The memory as it is now, for a life that shall not disturb the one that runs.
     pub(crate) fn copy(&self) -> Self {
         Self(Arc::new(Mutex::new(self.0.lock().unwrap().clone())))
@@ -316,7 +321,7 @@ impl Life {
     }
 
     pub(crate) fn with_frames(frames: u64) -> Self {
-        let arena = Arena(Arc::new(Mutex::new(vec![0; usize::try_from(frames * 4096).unwrap()])));
+        let arena = Arena::new(frames);
         let kho = Kho::format(Box::new(arena.clone()), Identity::new([9; 16]), frames).unwrap();
         Self::without_sessions(arena, kho)
     }

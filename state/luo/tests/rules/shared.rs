@@ -81,7 +81,7 @@ const A: Compatible = Compatible::literal("ledger-a");
 const B: Compatible = Compatible::literal("ledger-b");
 const C: Compatible = Compatible::literal("ledger-c");
 
-fn ledger(name: Compatible, number: u64, script: &Script) -> Arc<dyn SharedObject> {
+pub(crate) fn ledger(name: Compatible, number: u64, script: &Script) -> Arc<dyn SharedObject> {
     Arc::new(Ledger { name, number, script: script.clone() })
 }
 
