@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use kvm_bindings::{KVM_CAP_GUEST_MEMFD, kvm_create_guest_memfd};
 use kvm_ioctls::VmFd;
+use region::Errno;
 
 use crate::PAGE_SIZE;
 use crate::capabilities::extension;
@@ -101,10 +102,27 @@ pub enum GuestMemfdError {
     },
 }
 
+impl GuestMemfdError {
+    /// KVM's own error number, or the one that it gives for the same refusal.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Unsupported => Errno::NOTTY,
+            Self::Flags { .. } | Self::Size { .. } => Errno::INVAL,
+            Self::Create { source, .. } => Errno::from_raw_os_error(source.errno()),
+        }
+    }
+}
+
 /// The flags that a guest_memfd of this VM can have, or `None` if it can have no guest_memfd.
 pub(crate) fn accepted_flags(vm: &VmFd) -> Option<GuestMemfdFlags> {
     (extension(vm, KVM_CAP_GUEST_MEMFD) > 0)
         .then(|| GuestMemfdFlags(u64::from(extension(vm, KVM_CAP_GUEST_MEMFD_FLAGS))))
+}
+
+/// What KVM is asked for. KVM does not look at the fields that are kept for later, and will one day.
+const fn request(size_bytes: u64, flags: GuestMemfdFlags) -> kvm_create_guest_memfd {
+    kvm_create_guest_memfd { size: size_bytes, flags: flags.bits(), reserved: [0; 6] }
 }
 
 /// Makes a guest_memfd for this VM, `size_bytes` long, without memory in it yet. Close-on-exec.
@@ -120,8 +138,7 @@ pub fn create(vm: &VmFd, size_bytes: u64, flags: GuestMemfdFlags) -> Result<Owne
     if size_bytes == 0 || !size_bytes.is_multiple_of(PAGE_SIZE) {
         return Err(GuestMemfdError::Size { size_bytes });
     }
-    let request = kvm_create_guest_memfd { size: size_bytes, flags: flags.bits(), reserved: [0; 6] };
-    let fd = vm.create_guest_memfd(request).map_err(|source| GuestMemfdError::Create {
+    let fd = vm.create_guest_memfd(request(size_bytes, flags)).map_err(|source| GuestMemfdError::Create {
         size_bytes,
         flags,
         source,
@@ -133,4 +150,16 @@ pub fn create(vm: &VmFd, size_bytes: u64, flags: GuestMemfdFlags) -> Result<Owne
     // SAFETY: sets a flag of a descriptor that is ours, which cannot fail.
     unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// G5.2.5.
+    #[test]
+    fn fields_that_are_kept_for_later_are_zero() {
+        let request = request(1 << 20, GuestMemfdFlags::MMAP | GuestMemfdFlags::INIT_SHARED);
+        assert_eq!((request.size, request.flags, request.reserved), (1 << 20, 3, [0; 6]));
+    }
 }

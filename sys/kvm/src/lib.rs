@@ -58,7 +58,7 @@ pub use contents::Contents;
 pub use cpuid::{Cpuid, CpuidError};
 pub use guest_memfd::{GuestMemfdError, GuestMemfdFlags};
 pub use kick::{KickError, Kicker, SignalError, kick_signal};
-pub use slots::{Binding, HostMemory, MemorySlots, SlotError, SlotFlags, SlotRange};
+pub use slots::{Binding, HostMemory, MemorySlots, SlotError, SlotFlags, SlotHandle, SlotRange};
 pub use state::{Fault, StateError, VcpuGroup, VmGroup};
 pub use vcpu::{RunError, Stopped, Vcpu, VcpuError};
 pub use vcpu_state::{LoadError, Loader, PrepareError, SaveError, Saver, VcpuState};

@@ -13,10 +13,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use kvm_bindings as bind;
 use kvm_ioctls::VmFd;
+use region::Errno;
 
 use crate::PAGE_SIZE;
 use crate::capabilities::extension;
@@ -125,6 +126,14 @@ pub enum SlotError {
         /// Bytes of the memory.
         have_bytes: u64,
     },
+    /// No file has as many bytes as the slot would need of its guest_memfd.
+    #[error("{range}: from offset {offset_bytes:#x} it ends beyond the last byte of any file")]
+    FileRange {
+        /// The slot asked for.
+        range: SlotRange,
+        /// Where in the file it was to start.
+        offset_bytes: u64,
+    },
     /// Another slot has some of the guest addresses.
     #[error("{range}: it overlaps {other}")]
     Overlap {
@@ -150,6 +159,24 @@ pub enum SlotError {
     },
 }
 
+impl SlotError {
+    /// KVM's own error number, or the one that it gives for the same refusal.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Kvm { source, .. } => Errno::from_raw_os_error(source.errno()),
+            Self::Overlap { .. } => Errno::EXIST,
+            Self::Number { .. }
+            | Self::InUse { .. }
+            | Self::Unaligned { .. }
+            | Self::GuestRange { .. }
+            | Self::MemoryRange { .. }
+            | Self::FileRange { .. }
+            | Self::Unknown { .. } => Errno::INVAL,
+        }
+    }
+}
+
 /// A guest_memfd to bind a slot to, and from which of its bytes on.
 #[derive(Clone, Copy, Debug)]
 pub struct Binding<'a> {
@@ -162,6 +189,66 @@ pub struct Binding<'a> {
 struct Slot<M> {
     range: SlotRange,
     memory: M,
+    /// How many slots were made before it: no other slot has or ever had it, though it had the slot's number.
+    made: u64,
+}
+
+struct Shared<M> {
+    vm: Arc<VmFd>,
+    slots: Mutex<Slots<M>>,
+}
+
+struct Slots<M> {
+    made: u64,
+    // Every slot that exists in the VM by our doing has its entry, and the entry's clone of the memory
+    // is dropped only after the VM let go of the slot. So KVM never reaches unmapped or foreign memory.
+    entries: BTreeMap<u32, Slot<M>>,
+}
+
+impl<M> Shared<M> {
+    fn slots(&self) -> MutexGuard<'_, Slots<M>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One slot, to be removed by who does not have the VM's [`MemorySlots`]. It keeps neither.
+pub struct SlotHandle<M> {
+    shared: Weak<Shared<M>>,
+    slot: u32,
+    made: u64,
+}
+
+impl<M> SlotHandle<M> {
+    /// Whether the slot is still there. Another one of its number is not it.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.shared.upgrade().is_some_and(|shared| self.is_in(&shared.slots()))
+    }
+
+    fn is_in(&self, slots: &Slots<M>) -> bool {
+        slots.entries.get(&self.slot).is_some_and(|slot| slot.made == self.made)
+    }
+
+    /// As [`MemorySlots::remove`]. Gives whether it was still there.
+    ///
+    /// # Errors
+    ///
+    /// See [`SlotError`]. Then the slot is still there.
+    pub fn remove(&self) -> Result<bool, SlotError> {
+        let Some(shared) = self.shared.upgrade() else { return Ok(false) };
+        let mut slots = shared.slots();
+        if !self.is_in(&slots) {
+            return Ok(false);
+        }
+        remove(&shared.vm, &mut slots, self.slot)?;
+        Ok(true)
+    }
+}
+
+impl<M> fmt::Debug for SlotHandle<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SlotHandle({}, number {})", self.slot, self.made)
+    }
 }
 
 /// The memory slots of a VM, with the memory that is in them.
@@ -169,11 +256,8 @@ struct Slot<M> {
 /// Dropping it removes the slots, so that the guest's memory is never mapped for longer in the VM than
 /// in the process. To keep the VM's end short, stop its vCPUs first.
 pub struct MemorySlots<M: HostMemory + Clone> {
-    vm: Arc<VmFd>,
     slot_count: u32,
-    // Every slot that exists in the VM by our doing has its entry, and the entry's clone of the memory
-    // is dropped only after the VM let go of the slot. So KVM never reaches unmapped or foreign memory.
-    slots: BTreeMap<u32, Slot<M>>,
+    shared: Arc<Shared<M>>,
 }
 
 impl<M: HostMemory + Clone> MemorySlots<M> {
@@ -181,13 +265,14 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
     #[must_use]
     pub fn new(vm: Arc<VmFd>) -> Self {
         let slot_count = extension(&vm, bind::KVM_CAP_NR_MEMSLOTS);
-        Self { vm, slot_count, slots: BTreeMap::new() }
+        let slots = Mutex::new(Slots { made: 0, entries: BTreeMap::new() });
+        Self { slot_count, shared: Arc::new(Shared { vm, slots }) }
     }
 
     /// The VM's descriptor.
     #[must_use]
-    pub const fn vm(&self) -> &Arc<VmFd> {
-        &self.vm
+    pub fn vm(&self) -> &Arc<VmFd> {
+        &self.shared.vm
     }
 
     /// Shows the guest `len_bytes` of `memory`, from `offset_bytes` in it on, at `guest_address`.
@@ -207,7 +292,8 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
         flags: SlotFlags,
     ) -> Result<(), SlotError> {
         let range = SlotRange { slot, guest_address, len_bytes };
-        let userspace_addr = self.check(range, memory, offset_bytes)?;
+        let mut slots = self.shared.slots();
+        let userspace_addr = self.check(&slots, range, memory, offset_bytes)?;
         let region = bind::kvm_userspace_memory_region {
             slot,
             flags: flags.bits(),
@@ -218,12 +304,12 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
         // SAFETY:
         // 1. `userspace_addr .. + len_bytes` lies in `memory`: `check` above. By the contract of
         //    `HostMemory` it stays mapped, and reckons with writers, while a clone of `memory` lives.
-        // 2. A clone outlives the slot: the entry made below keeps it, and gives it up only in `remove`
-        //    and `drop`, after KVM removed the slot.
+        // 2. A clone outlives the slot: the entry made below keeps it, and gives it up only in `remove`,
+        //    a handle's, and `drop`, after KVM removed the slot.
         // 3. KVM itself refuses a range that overlaps another slot.
-        unsafe { self.vm.set_user_memory_region(region) }
+        unsafe { self.shared.vm.set_user_memory_region(region) }
             .map_err(|source| SlotError::Kvm { range, source })?;
-        self.slots.insert(slot, Slot { range, memory: memory.clone() });
+        slots.insert(range, memory.clone());
         Ok(())
     }
 
@@ -246,7 +332,9 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
         binding: Binding<'_>,
     ) -> Result<(), SlotError> {
         let range = SlotRange { slot, guest_address, len_bytes };
-        let userspace_addr = self.check(range, memory, offset_bytes)?;
+        let mut slots = self.shared.slots();
+        let userspace_addr = self.check(&slots, range, memory, offset_bytes)?;
+        check_file(range, &binding)?;
         let refused = |errno| SlotError::Kvm { range, source: kvm_ioctls::Error::new(errno) };
         let region = bind::kvm_userspace_memory_region2 {
             slot,
@@ -260,9 +348,9 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
         };
         // SAFETY: as in `add`. Of the guest_memfd, KVM takes its own reference, and itself refuses one of
         // another VM, or a range of it that is bound already.
-        unsafe { self.vm.set_user_memory_region2(region) }
+        unsafe { self.shared.vm.set_user_memory_region2(region) }
             .map_err(|source| SlotError::Kvm { range, source })?;
-        self.slots.insert(slot, Slot { range, memory: memory.clone() });
+        slots.insert(range, memory.clone());
         Ok(())
     }
 
@@ -273,30 +361,41 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
     ///
     /// See [`SlotError`]. Then the slot is still there.
     pub fn remove(&mut self, slot: u32) -> Result<(), SlotError> {
-        let range = self.slots.get(&slot).ok_or(SlotError::Unknown { slot })?.range;
-        unset(&self.vm, range)?;
-        self.slots.remove(&slot);
-        Ok(())
+        remove(&self.shared.vm, &mut self.shared.slots(), slot)
     }
 
     /// The slots, by number.
     pub fn iter(&self) -> impl Iterator<Item = SlotRange> + '_ {
-        self.slots.values().map(|slot| slot.range)
+        let ranges: Vec<SlotRange> = self.shared.slots().entries.values().map(|slot| slot.range).collect();
+        ranges.into_iter()
     }
 
     /// The memory in a slot.
     #[must_use]
-    pub fn memory(&self, slot: u32) -> Option<&M> {
-        self.slots.get(&slot).map(|slot| &slot.memory)
+    pub fn memory(&self, slot: u32) -> Option<M> {
+        self.shared.slots().entries.get(&slot).map(|slot| slot.memory.clone())
+    }
+
+    /// A slot as something that others can remove.
+    #[must_use]
+    pub fn handle(&self, slot: u32) -> Option<SlotHandle<M>> {
+        let made = self.shared.slots().entries.get(&slot)?.made;
+        Some(SlotHandle { shared: Arc::downgrade(&self.shared), slot, made })
     }
 
     /// Refuses what must not become a slot; else the host address at which it starts.
-    fn check(&self, range: SlotRange, memory: &M, offset_bytes: u64) -> Result<u64, SlotError> {
+    fn check(
+        &self,
+        slots: &Slots<M>,
+        range: SlotRange,
+        memory: &M,
+        offset_bytes: u64,
+    ) -> Result<u64, SlotError> {
         let SlotRange { slot, guest_address, len_bytes } = range;
         if slot >= self.slot_count {
             return Err(SlotError::Number { range, slots: self.slot_count });
         }
-        if let Some(other) = self.slots.get(&slot) {
+        if let Some(other) = slots.entries.get(&slot) {
             return Err(SlotError::InUse { range, in_use: other.range.guest_address });
         }
         // A usize is at most 64 bits wide on every target of Rust.
@@ -329,11 +428,39 @@ impl<M: HostMemory + Clone> MemorySlots<M> {
             // Cannot overflow: this very check let `other` in.
             other.guest_address < guest_end && guest_address < other.guest_address + other.len_bytes
         };
-        match self.iter().find(overlaps) {
+        match slots.entries.values().map(|slot| slot.range).find(overlaps) {
             Some(other) => Err(SlotError::Overlap { range, other }),
             None => Ok(userspace_addr),
         }
     }
+}
+
+/// Refuses bytes of a guest_memfd that no file can have: Linux 6.18 binds those whose end is no signed number.
+fn check_file(range: SlotRange, binding: &Binding<'_>) -> Result<(), SlotError> {
+    let value = binding.offset_bytes;
+    if !value.is_multiple_of(PAGE_SIZE) {
+        return Err(SlotError::Unaligned { range, what: "offset in the guest_memfd", value });
+    }
+    match value.checked_add(range.len_bytes) {
+        Some(end) if i64::try_from(end).is_ok() => Ok(()),
+        _ => Err(SlotError::FileRange { range, offset_bytes: value }),
+    }
+}
+
+impl<M> Slots<M> {
+    fn insert(&mut self, range: SlotRange, memory: M) {
+        let made = self.made;
+        self.made += 1;
+        self.entries.insert(range.slot, Slot { range, memory, made });
+    }
+}
+
+/// Removes a slot from the VM and then from the list.
+fn remove<M>(vm: &VmFd, slots: &mut Slots<M>, slot: u32) -> Result<(), SlotError> {
+    let range = slots.entries.get(&slot).ok_or(SlotError::Unknown { slot })?.range;
+    unset(vm, range)?;
+    slots.entries.remove(&slot);
+    Ok(())
 }
 
 /// Removes a slot from the VM.
@@ -352,8 +479,8 @@ fn unset(vm: &VmFd, range: SlotRange) -> Result<(), SlotError> {
 
 impl<M: HostMemory + Clone> Drop for MemorySlots<M> {
     fn drop(&mut self) {
-        for (_, slot) in mem::take(&mut self.slots) {
-            if unset(&self.vm, slot.range).is_err() {
+        for (_, slot) in mem::take(&mut self.shared.slots().entries) {
+            if unset(&self.shared.vm, slot.range).is_err() {
                 // The VM may still reach the memory: better that it is never unmapped.
                 mem::forget(slot.memory);
             }

@@ -71,6 +71,8 @@ use pages::PAGE_SIZE;
 use rustix::fs::FallocateFlags;
 use rustix::fs::MemfdFlags;
 use rustix::fs::SealFlags;
+/// The kernel's error numbers.
+pub use rustix::io::Errno;
 use thiserror::Error;
 pub use warm::Account;
 pub use warm::WarmError;
@@ -224,6 +226,20 @@ pub enum RegionError {
         /// What it is instead.
         why: String,
     },
+}
+
+impl RegionError {
+    /// The kernel's own error number, or the one that it gives for the same refusal.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Call { source, .. } => Errno::from_io_error(source).unwrap_or(Errno::IO),
+            Self::HugePages { .. } => Errno::NOMEM,
+            Self::Whole { .. } | Self::PolicyNotKept { .. } => Errno::OPNOTSUPP,
+            Self::Size { .. } | Self::PageSize { .. } | Self::Nodes { .. } | Self::NotARegion { .. } => {
+                Errno::INVAL
+            }
+        }
+    }
 }
 
 /// What is known of a policy that the kernel did not keep.
@@ -466,6 +482,23 @@ impl Region {
                 punch()
             }
         }
+    }
+
+    /// Makes the descriptor one of an empty file. Whoever holds another one of the region is not affected.
+    ///
+    /// # Errors
+    /// [`RegionError::Call`]; then it is as it was.
+    pub(crate) fn let_go(&self) -> Result<(), RegionError> {
+        let empty = rustix::fs::memfd_create("gone", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .and_then(|empty| rustix::fs::fcntl_add_seals(&empty, SEALS).map(|()| empty))
+            .map_err(|errno| call_error("make an empty file for", &self.name, errno))?;
+        // SAFETY: the number stays that of an open descriptor of ours, in one step: who borrows it has the region's file
+        // before, and the empty one after.
+        let result = unsafe { libc::dup3(empty.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) };
+        if result < 0 {
+            return Err(call_error("let go of", &self.name, io::Error::last_os_error()));
+        }
+        Ok(())
     }
 
     fn fallocate(

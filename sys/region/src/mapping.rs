@@ -39,8 +39,9 @@ pub struct OutOfRange {
 
 /// A whole region, mapped shared, readable and writable. It stays mapped until this is dropped.
 pub struct Mapping {
-    // Invariant: `address .. address + len` is mapped from `region`, starts at a multiple of 2 MiB and of the region's
-    // page size, and belongs to this value alone: nobody else unmaps it or maps something over it.
+    // Invariant: `address .. address + len` is mapped from `region`, or, once that is revoked, from other memory. It
+    // starts at a multiple of 2 MiB and of the region's page size, and belongs to this value alone: nobody else unmaps it
+    // or maps something over it.
     address: NonNull<u8>,
     len: usize,
     region: Region,
@@ -120,6 +121,28 @@ impl Mapping {
             Err(Errno::FAULT) => Err(untouchable(&self.region)),
             Err(errno) => Err(call_error("touch", self.region.name(), errno)),
         }
+    }
+
+    /// Takes the region from this process for good, whoever holds this value: its addresses are from now on those of other
+    /// memory, zero at first, and its descriptor is that of an empty file. What runs meanwhile finds the one or the
+    /// other. The region's pages go if nobody else has it open or mapped.
+    ///
+    /// # Errors
+    /// [`RegionError::Call`] if there is no room for a mapping or no descriptor left. What was taken stays taken.
+    pub fn revoke(&self) -> Result<(), RegionError> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: by the field's invariant the range is ours alone. It stays mapped, shared, readable and writable: the
+        // kernel puts the new mapping in the old one's place in one step.
+        let mapped = unsafe {
+            rustix::mm::mmap_anonymous(
+                self.address.as_ptr().cast(),
+                self.len,
+                prot,
+                MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE,
+            )
+        };
+        mapped.map_err(|errno| call_error("unmap", self.region.name(), errno))?;
+        self.region.let_go()
     }
 
     /// Another mapping of the region's first page, which nothing is to touch.
@@ -468,6 +491,25 @@ mod tests {
         let mut read = [0; 4];
         other.read(5000, &mut read).unwrap();
         assert_eq!(&read, b"kept");
+    }
+
+    /// R3.2.
+    #[test]
+    fn a_region_that_is_revoked_is_gone_for_every_holder_of_the_mapping() {
+        let one = mapping(512);
+        one.write(4096, b"kept").unwrap();
+        let other = Arc::clone(&one);
+        let peer = Region::accept("t", rustix::io::dup(one.region()).unwrap(), 512 * 4096).unwrap();
+        one.revoke().unwrap();
+        assert_eq!(other.load(4096).unwrap(), 0);
+        other.store(4096, 7).unwrap();
+        assert_eq!(other.region().allocate(0, 4096).unwrap_err().errno(), Errno::PERM, "an empty file");
+        assert_eq!(other.region().allocated_bytes().unwrap(), Some(0));
+        assert_eq!(peer.allocated_bytes().unwrap(), Some(4096), "neither more nor less");
+        let mut read = [0; 4];
+        peer.map().unwrap().read(4096, &mut read).unwrap();
+        assert_eq!(&read, b"kept", "who has a descriptor of its own");
+        one.revoke().unwrap();
     }
 
     /// G5.7.3.

@@ -37,6 +37,13 @@ pub struct WarmError {
     pub source: io::Error,
 }
 
+impl WarmError {
+    /// The kernel's error number.
+    pub fn errno(&self) -> Errno {
+        Errno::from_io_error(&self.source).unwrap_or(Errno::IO)
+    }
+}
+
 /// What came of a warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Account {

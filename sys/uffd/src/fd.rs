@@ -161,6 +161,18 @@ pub enum CallError {
     },
 }
 
+impl CallError {
+    /// The kernel's error number.
+    #[must_use]
+    pub const fn errno(&self) -> Errno {
+        match self {
+            Self::Range { .. } | Self::Unsupported | Self::MinorRefused => Errno::INVAL,
+            Self::Busy => Errno::BUSY,
+            Self::Call { cause, .. } => *cause,
+        }
+    }
+}
+
 impl From<RangeError> for CallError {
     fn from(cause: RangeError) -> Self {
         Self::Range { cause }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
 mod guest;
+mod guest_memfd;
 mod memory;
 mod run;
 mod state;
