@@ -28,7 +28,7 @@ impl Guest {
         let builder = VmBuilder::create(&kvm)?;
         let mut slots = builder.memory_slots();
         let whole = Binding { slot: 0, guest_address: 0, offset_bytes: 0, len_bytes: memory.size_bytes() };
-        GmemFile::open(Arc::clone(memory), identity)?.bind(&mut slots, whole)?;
+        GmemFile::open(Arc::clone(memory), identity, builder.fd())?.bind(&mut slots, whole)?;
         let vcpu = builder.finish(Irqchip::Split { pins: 24 })?.create_vcpu(0)?;
         Cpuid::supported(&kvm)?.load(&vcpu)?;
         let (kicker, saver) = (vcpu.kicker(), Saver::prepare(&vcpu)?);

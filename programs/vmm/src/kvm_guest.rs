@@ -168,7 +168,8 @@ impl Parts {
         let NewVm { kvm, builder } = new;
         let Setup { spec, memory, identity, backends, health } = setup;
         let mut slots = builder.memory_slots();
-        let mut file = GmemFile::open(Arc::clone(memory), *identity).map_err(below("open guest memory"))?;
+        let file = GmemFile::open(Arc::clone(memory), *identity, builder.fd());
+        let file = file.map_err(below("open guest memory"))?;
         for (slot, place) in (0..).zip(pulse::slots(memory.size_bytes())) {
             let binding = Binding {
                 slot,

@@ -1,9 +1,9 @@
 //! No page is added or taken away while a [`Freeze`] stands.
 
 use std::sync::Arc;
-use std::sync::PoisonError;
 
 use abi::gmem::MemoryName;
+use region::Errno;
 use region::Mapping;
 use region::PageSize;
 use region::RegionError;
@@ -11,21 +11,23 @@ use region::Store;
 use region::WarmError;
 use thiserror::Error;
 use uffd::Hold;
+use uffd::Parked;
 use uffd::Uffd;
 
 use crate::Inode;
+use crate::gate::Stopped;
 
-/// What an inode's changes go through.
-#[derive(Debug, Default)]
-pub(crate) struct Gate {
-    freezes: usize,
+/// What keeps faults from adding pages while a freeze stands.
+#[derive(Debug)]
+pub(crate) struct Holding {
+    held: Held,
     hold: Option<Hold<Arc<Mapping>>>,
-    held: Option<Held>,
 }
 
-impl Gate {
-    pub(crate) fn is_frozen(&self) -> bool {
-        self.freezes > 0
+impl Holding {
+    /// For memory that is to be unmapped: gives what is to be woken after that.
+    pub(crate) fn end(self) -> Option<Parked> {
+        self.hold.map(|hold| hold.end().1)
     }
 }
 
@@ -44,6 +46,12 @@ pub enum Held {
 /// Why memory was not frozen. It is as it was, but for holes that were filled.
 #[derive(Debug, Error)]
 pub enum FreezeError {
+    /// The machine that owns it is gone (EIO).
+    #[error("guest memory {name} is nobody's any more: its machine is gone")]
+    Ended {
+        /// The memory.
+        name: MemoryName,
+    },
     /// It is not known how many pages there are.
     #[error("cannot tell whether guest memory {name} has holes")]
     Region {
@@ -87,6 +95,18 @@ pub enum FreezeError {
     },
 }
 
+impl FreezeError {
+    /// The kernel's own error number, or the one that it gives for the same refusal.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Ended { .. } => Errno::IO,
+            Self::Region { source, .. } | Self::Fill { source, .. } => source.errno(),
+            Self::Warm { source, .. } => source.errno(),
+            Self::Userfaultfd { source, .. } => source.errno(),
+        }
+    }
+}
+
 /// Keeps an inode frozen; several may stand at once, and the last one's end is the freeze's.
 #[derive(Debug)]
 #[must_use = "the freeze ends when this is dropped"]
@@ -104,13 +124,7 @@ impl Freeze {
 
 impl Drop for Freeze {
     fn drop(&mut self) {
-        let mut gate = self.inode.gate.write().unwrap_or_else(PoisonError::into_inner);
-        gate.freezes -= 1;
-        if gate.freezes == 0 {
-            gate.held = None;
-            // Ends the registration: whoever waits at a hole goes on.
-            gate.hold = None;
-        }
+        self.inode.gate.thaw();
     }
 }
 
@@ -121,37 +135,43 @@ impl Inode {
     /// # Errors
     /// [`FreezeError`]
     pub fn freeze(self: &Arc<Self>) -> Result<Freeze, FreezeError> {
-        let mut gate = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        let held = match gate.held {
-            Some(held) => held,
-            None => self.hold_faults(&mut gate)?,
-        };
-        gate.held = Some(held);
-        gate.freezes += 1;
+        let held =
+            self.gate.freeze(|| self.hold_faults(), |holding| holding.held).map_err(|why| match why {
+                Stopped::Hold(error) => error,
+                Stopped::Ended => FreezeError::Ended { name: self.name() },
+            })?;
         Ok(Freeze { inode: Arc::clone(self), held })
     }
 
-    fn hold_faults(&self, gate: &mut Gate) -> Result<Held, FreezeError> {
+    /// Another freeze, if one stands: what is handed over stays frozen, whoever ends the first one.
+    pub(crate) fn join_freeze(self: &Arc<Self>) -> Option<Freeze> {
+        let held = self.gate.join(|holding| holding.held)?;
+        Some(Freeze { inode: Arc::clone(self), held })
+    }
+
+    fn hold_faults(&self) -> Result<Holding, FreezeError> {
         let name = self.name();
+        let without = |held| Ok(Holding { held, hold: None });
         let region = self.mapping().region();
         if region.is_whole().map_err(|source| FreezeError::Region { name, source })? {
-            return Ok(Held::Whole);
+            return without(Held::Whole);
         }
         if region.store() == Store::GuestMemfd {
-            let filled = region.fill().map_err(|source| FreezeError::Fill { name, source });
-            return filled.map(|()| Held::Prefaulted);
+            region.fill().map_err(|source| FreezeError::Fill { name, source })?;
+            return without(Held::Prefaulted);
         }
         let Ok(uffd) = Uffd::open() else {
             let warmed = self.mapping().warm(PageSize::Small, &mut |_, _| {});
-            return warmed.map(|_| Held::Prefaulted).map_err(|source| FreezeError::Warm { name, source });
+            warmed.map_err(|source| FreezeError::Warm { name, source })?;
+            return without(Held::Prefaulted);
         };
         let hold = Hold::new(uffd, Arc::clone(self.mapping()));
-        gate.hold = Some(hold.map_err(|source| FreezeError::Userfaultfd { name, source })?);
-        Ok(Held::Userfaultfd)
+        let hold = hold.map_err(|source| FreezeError::Userfaultfd { name, source })?;
+        Ok(Holding { held: Held::Userfaultfd, hold: Some(hold) })
     }
 
     /// True while a freeze stands.
     pub fn is_frozen(&self) -> bool {
-        self.gate.read().unwrap_or_else(PoisonError::into_inner).is_frozen()
+        self.gate.is_frozen()
     }
 }

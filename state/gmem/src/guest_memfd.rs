@@ -1,8 +1,9 @@
 //! Guest memory that KVM made: a guest_memfd, and the VM object that it belongs to.
 
-use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::sync::Weak;
 
 use abi::gmem::flags;
@@ -10,6 +11,7 @@ use kvm::GuestMemfdError;
 use kvm::GuestMemfdFlags;
 use kvm::guest_memfd;
 use kvm::kvm_ioctls::VmFd;
+use region::Errno;
 use region::PageSize;
 use region::Region;
 use region::RegionError;
@@ -24,10 +26,29 @@ const FLAGS: [(GuestMemfdFlags, u64); 2] =
 /// kernel keeps the VM object that made it, which by then may be nothing but that.
 #[derive(Debug)]
 pub struct GuestMemfd {
-    fd: OwnedFd,
     size_bytes: u64,
     flags: GuestMemfdFlags,
-    maker: Weak<VmFd>,
+    maker: Maker,
+}
+
+/// Who made it, and the descriptor that came of that.
+#[derive(Debug, Clone)]
+pub(crate) struct Maker {
+    vm: Weak<VmFd>,
+    /// None once the machine whose memory it was is gone.
+    fd: Arc<Mutex<Option<OwnedFd>>>,
+}
+
+impl Maker {
+    /// Whether it is this VM object. A `Weak` keeps its place in memory, so no other one can have the same.
+    pub(crate) fn is(&self, vm: &Arc<VmFd>) -> bool {
+        self.vm.as_ptr() == Arc::as_ptr(vm)
+    }
+
+    /// Closes the descriptor.
+    pub(crate) fn let_go(&self) {
+        *self.fd.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 impl GuestMemfd {
@@ -39,7 +60,8 @@ impl GuestMemfd {
     pub fn create(vm: &Arc<VmFd>, size_bytes: u64) -> Result<Self, GuestMemfdError> {
         let flags = GuestMemfdFlags::MMAP | GuestMemfdFlags::INIT_SHARED;
         let fd = guest_memfd::create(vm, size_bytes, flags)?;
-        Ok(Self { fd, size_bytes, flags, maker: Arc::downgrade(vm) })
+        let maker = Maker { vm: Arc::downgrade(vm), fd: Arc::new(Mutex::new(Some(fd))) };
+        Ok(Self { size_bytes, flags, maker })
     }
 
     /// Its size, in bytes.
@@ -50,15 +72,16 @@ impl GuestMemfd {
     /// It as a region, by another descriptor of its one file.
     ///
     /// # Errors
-    /// [`RegionError`] if there is no descriptor left.
+    /// [`RegionError`] if there is no descriptor left, or (EBADF) if the machine whose memory it was is gone.
     pub fn region(&self, name: &str) -> Result<Region, RegionError> {
-        let fd = self.fd.as_fd().try_clone_to_owned();
+        let kept = self.maker.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        let fd = kept.as_ref().map_or(Err(Errno::BADF.into()), OwnedFd::try_clone);
         let copied =
             |source| RegionError::Call { what: "copy the descriptor of", name: name.to_owned(), source };
         Region::accept_as(name, fd.map_err(copied)?, self.size_bytes, Store::GuestMemfd, PageSize::Small)
     }
 
-    pub(crate) fn maker(&self) -> &Weak<VmFd> {
+    pub(crate) fn maker(&self) -> &Maker {
         &self.maker
     }
 

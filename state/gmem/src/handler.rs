@@ -1,7 +1,9 @@
 //! Guest memory as a preserved file: `tideover-gmem-v1`.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::MutexGuard;
 use std::sync::PoisonError;
 
 use abi::gmem::Extent;
@@ -18,6 +20,7 @@ use pages::PageRange;
 use region::Arena;
 use thiserror::Error;
 
+use crate::Freeze;
 use crate::Inode;
 
 /// A record was read, and is of no memory that this arena has.
@@ -44,12 +47,14 @@ pub struct GmemHandler {
     arena: Arena,
     /// One inode for each memory, however often it is retrieved.
     known: Mutex<Vec<Arc<Inode>>>,
+    /// What is handed over stays frozen until that is called off, whoever froze it first.
+    handed_over: Mutex<HashMap<FileId, Freeze>>,
 }
 
 impl GmemHandler {
     /// For the guest memory that lies in `arena`, of which `known` are in use already.
     pub fn new(arena: Arena, known: Vec<Arc<Inode>>) -> Self {
-        Self { arena, known: Mutex::new(known) }
+        Self { arena, known: Mutex::new(known), handed_over: Mutex::default() }
     }
 
     fn read(&self, context: &Context<'_>, data: u64) -> Result<GmemRecord, HandlerError> {
@@ -73,6 +78,18 @@ impl GmemHandler {
         let inode = Inode::new(record.name, record.identity, mapping, frames, record.flags);
         known.push(Arc::clone(&inode));
         Ok(inode)
+    }
+
+    fn handed_over(&self) -> MutexGuard<'_, HashMap<FileId, Freeze>> {
+        self.handed_over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Destroys memory that nobody retrieved: between two lives the session was its owner.
+    fn abandoned(&self, context: &Context<'_>, data: u64) -> Option<Arc<Inode>> {
+        let record = self.read(context, data).ok()?;
+        let inode = self.inode(&record).ok().filter(|_| record.identity == context.kho.identity())?;
+        inode.destroy();
+        Some(inode)
     }
 
     fn forget(&self, context: &mut Context<'_>, frames: Option<PageRange>, data: u64) {
@@ -134,13 +151,16 @@ impl Handler for GmemHandler {
 
     fn freeze(&self, _: &mut Context<'_>, file: &File, data: u64) -> Result<u64, HandlerError> {
         let inode = inode_of(file).ok_or(Mismatch::Type).map_err(refuse(Errno::EINVAL))?;
-        if !inode.is_frozen() {
-            return Err(refuse(Errno::EBUSY)(Mismatch::NotFrozen { name: inode.name() }));
-        }
+        // In one step: a freeze that is looked for and then relied on may have ended by then.
+        let not_frozen = Mismatch::NotFrozen { name: inode.name() };
+        let freeze = inode.join_freeze().ok_or(not_frozen).map_err(refuse(Errno::EBUSY))?;
+        self.handed_over().insert(inode.id, freeze);
         Ok(data)
     }
 
-    fn unfreeze(&self, _: &mut Context<'_>, _: &File, data: u64) -> u64 {
+    fn unfreeze(&self, _: &mut Context<'_>, file: &File, data: u64) -> u64 {
+        // Dropped outside of the lock: the end of a freeze wakes who waits for it.
+        let _ended = inode_of(file).and_then(|inode| self.handed_over().remove(&inode.id));
         data
     }
 
@@ -165,11 +185,8 @@ impl Handler for GmemHandler {
     }
 
     fn finish(&self, context: &mut Context<'_>, file: Option<&File>, data: u64) {
-        let retrieved = file.and_then(inode_of).map(|inode| inode.frames());
-        let frames = retrieved.or_else(|| match self.read(context, data).ok()?.extents[..] {
-            [extent] => Some(extent.frames),
-            _ => None,
-        });
+        let inode = file.and_then(inode_of).or_else(|| self.abandoned(context, data));
+        let frames = inode.map(|inode| inode.frames());
         self.forget(context, frames, data);
     }
 }

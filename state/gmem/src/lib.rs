@@ -2,8 +2,11 @@
 //!
 //! An [`Inode`] is the memory itself: its bytes, size and flags, and whose it is. A [`GmemFile`] is one VM
 //! object's view of it: which of its pages the guest sees where. Memory is given to another VM object by
-//! opening another file, and only for the same machine. [`GmemHandler`] preserves an inode in a session, as
+//! [linking](GmemFile::link) it, and only for the same machine. [`GmemHandler`] preserves an inode in a session, as
 //! one extent however large it is.
+//!
+//! Memory may outlive a VM object and never its machine: when the one [`Owner`] is dropped, no slot, mapping or
+//! descriptor of this process leads to it any more, whoever still knows the inode, a file or the mapping.
 //!
 //! [`Inode::freeze`] ends allocation and punching until the [`Freeze`] is dropped; it does not end reads,
 //! writes or faults on pages that are there. It is a count, so freezes nest, and a gate of each inode's own,
@@ -11,16 +14,31 @@
 //!
 //! # What may run together
 //!
-//! |          | fault on a hole | allocate | punch | freeze |
-//! |----------|-----------------|----------|-------|--------|
-//! | allocate | kernel          | kernel   |       |        |
-//! | punch    | kernel          | kernel   | kernel|        |
-//! | freeze   | userfaultfd     | gate     | gate  | gate   |
+//! |           | fault on a hole | allocate | punch  | freeze | preserve | unpreserve |
+//! |-----------|-----------------|----------|--------|--------|----------|------------|
+//! | allocate  | kernel          | kernel   |        |        |          |            |
+//! | punch     | kernel          | kernel   | kernel |        |          |            |
+//! | freeze    | userfaultfd     | gate     | gate   | gate   |          |            |
+//! | preserve  | whole           | whole    | whole  | count  | `&mut`   |            |
+//! | unpreserve| whole           | whole    | whole  | count  | `&mut`   | `&mut`     |
+//! | end       | unmapped        | gate     | gate   | gate   | gate     | gate       |
 //!
-//! A cell names what orders the two: *kernel*, the file's own locks; *gate*, the inode's reader-writer lock,
-//! which allocate and punch hold shared and freeze holds alone; *userfaultfd*, a MISSING registration of the
-//! mapping, made inside the gate. A hole cannot be faulted in while a freeze stands, whether by a vCPU or by
-//! a thread of this process; another process that holds the region's descriptor is not bound.
+//! A cell names what orders the two.
+//!
+//! - *kernel*: the file's own locks.
+//! - *gate*: the inode's reader-writer lock, which allocate and punch hold shared, and freeze and the machine's end hold
+//!   alone.
+//! - *userfaultfd*: a MISSING registration of the mapping, made inside the gate and ended with the last freeze. A hole
+//!   cannot be faulted in while a freeze stands, whether by a vCPU or by a thread of this process; another process that
+//!   holds the region's descriptor is not bound.
+//! - *whole*: nothing has to order them. What is preserved is the memory as one extent, not its pages, so it does not
+//!   matter which are there at that moment.
+//! - *count*: a hand-over adds a freeze of its own to one that stands, in one step inside the gate, and takes it away when
+//!   it is called off or the session is dropped. So the others may end theirs at any time.
+//! - *`&mut`*: the metadata has one writer, by its type.
+//! - *unmapped*: after the machine's end a fault finds other memory at the address, and adds no page to the file.
+//!
+//! `tests/freeze_model.rs` walks every way in which threads can meet there, with the very code of the gate.
 //!
 //! Where userfaultfd cannot hold faults, there is nothing to hold: hugetlb memory has no holes, and those of a
 //! [guest_memfd](GuestMemfd) are filled inside the gate, as they are where this process has no right to userfaultfd.
@@ -29,31 +47,45 @@
 //! (carriers).
 #![forbid(unsafe_code)]
 
+mod end;
 mod file;
 mod freeze;
+mod gate;
 mod guest_memfd;
 mod handler;
+/// The locks of [`gate`]; a model of it has others.
+mod sync {
+    pub(crate) use std::sync::PoisonError;
+    pub(crate) use std::sync::RwLock;
+}
 
 use std::sync::Arc;
-use std::sync::PoisonError;
-use std::sync::RwLock;
-use std::sync::Weak;
+use std::sync::Mutex;
 
 use abi::gmem::MemoryName;
 use abi::vm::Identity;
+pub use end::End;
+pub use end::Owner;
+use end::Step;
+use end::Teller;
 pub use file::BindError;
 pub use file::Binding;
 pub use file::GmemFile;
 pub use file::OpenError;
+use file::View;
 pub use freeze::Freeze;
 pub use freeze::FreezeError;
-use freeze::Gate;
 pub use freeze::Held;
+use freeze::Holding;
+use gate::Closed;
+use gate::Gate;
 pub use guest_memfd::GuestMemfd;
+use guest_memfd::Maker;
 pub use handler::GmemHandler;
 use kvm::kvm_ioctls::VmFd;
 use luo::FileId;
 use pages::PageRange;
+use region::Errno;
 use region::Mapping;
 use region::RegionError;
 use region::Store;
@@ -67,16 +99,28 @@ pub struct Inode {
     identity: Identity,
     flags: u64,
     frames: PageRange,
-    mapping: Arc<Mapping>,
     /// The VM object that made the file, if it is a guest_memfd and this process had it made. It is not kept alive by
     /// this, only not mistaken for another one.
-    maker: Option<Weak<VmFd>>,
-    gate: RwLock<Gate>,
+    maker: Option<Maker>,
+    owned: Mutex<bool>,
+    // From here on dropped in the order of the end. What a gate still holds, it holds of the mapping.
+    gate: Gate<Holding>,
+    mapping: Arc<Mapping>,
+    _evicted: Step,
+    files: Mutex<Vec<Arc<View>>>,
+    _destroyed: Step,
+    freed: Step,
 }
 
 /// Why pages were not added or taken away.
 #[derive(Debug, Error)]
 pub enum ChangeError {
+    /// The machine that owns it is gone (EIO).
+    #[error("guest memory {name} is nobody's any more: its machine is gone")]
+    Ended {
+        /// The memory.
+        name: MemoryName,
+    },
     /// The memory is frozen (EPERM): nothing may be added or taken away until the update is over.
     #[error("guest memory {name} is frozen for an update")]
     Frozen {
@@ -108,6 +152,25 @@ pub enum ChangeError {
     },
 }
 
+impl ChangeError {
+    /// The kernel's own error number, or the one that it gives for the same refusal.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Ended { .. } => Errno::IO,
+            Self::Frozen { .. } => Errno::PERM,
+            Self::Region { source, .. } => source.errno(),
+            Self::Range { offset_bytes, len_bytes, .. } => {
+                // Its numbers are signed, and what is none at all is told first.
+                let signed = |bytes: u64| i64::try_from(bytes).ok();
+                match (signed(*offset_bytes), signed(*len_bytes)) {
+                    (Some(offset), Some(len @ 1..)) if offset.checked_add(len).is_none() => Errno::FBIG,
+                    _ => Errno::INVAL,
+                }
+            }
+        }
+    }
+}
+
 impl Inode {
     /// The memory of machine `identity` in `mapping`, whose place in the arena is `frames`. `flags` are
     /// those of [`abi::gmem::flags`].
@@ -130,7 +193,7 @@ impl Inode {
         frames: PageRange,
         file: &GuestMemfd,
     ) -> Arc<Self> {
-        let maker = Some(Weak::clone(file.maker()));
+        let maker = Some(file.maker().clone());
         Arc::new(Self::made_by(name, identity, mapping, frames, file.flags(), maker))
     }
 
@@ -140,16 +203,30 @@ impl Inode {
         mapping: Arc<Mapping>,
         frames: PageRange,
         flags: u64,
-        maker: Option<Weak<VmFd>>,
+        maker: Option<Maker>,
     ) -> Self {
-        let gate = RwLock::default();
-        Self { id: FileId::fresh(), name, identity, flags, frames, mapping, maker, gate }
+        let teller = Arc::new(Teller::default());
+        let step = |end| Step(end, Arc::clone(&teller));
+        Self {
+            id: FileId::fresh(),
+            name,
+            identity,
+            flags,
+            frames,
+            maker,
+            owned: Mutex::default(),
+            gate: Gate::new(),
+            mapping,
+            _evicted: step(End::Evicted),
+            files: Mutex::default(),
+            _destroyed: step(End::Destroyed),
+            freed: step(End::Freed),
+        }
     }
 
     /// Whether its file is a guest_memfd that this VM object made.
     pub fn is_made_by(&self, vm: &Arc<VmFd>) -> bool {
-        // A `Weak` keeps its place in memory, so no other VM object can have the same.
-        self.maker.as_ref().is_some_and(|maker| maker.as_ptr() == Arc::as_ptr(vm))
+        self.maker.as_ref().is_some_and(|maker| maker.is(vm))
     }
 
     /// What the VMM calls it.
@@ -228,11 +305,10 @@ impl Inode {
         if !inside {
             return Err(ChangeError::Range { name, size_bytes, offset_bytes, len_bytes });
         }
-        // Held until the change is done: a freeze waits for it.
-        let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
-        if gate.is_frozen() {
-            return Err(ChangeError::Frozen { name });
+        match self.gate.change(|| act(self)) {
+            Ok(changed) => changed.map_err(|source| ChangeError::Region { name, source }),
+            Err(Closed::Frozen) => Err(ChangeError::Frozen { name }),
+            Err(Closed::Ended) => Err(ChangeError::Ended { name }),
         }
-        act(self).map_err(|source| ChangeError::Region { name, source })
     }
 }

@@ -1,6 +1,7 @@
 //! Guest memory from one life to the next, and records that are of no such memory.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use abi::gmem::Extent;
@@ -21,6 +22,7 @@ use pages::PageRange;
 use region::Arena;
 use region::Mapping;
 use region::Region;
+use tideover_gmem::ChangeError;
 use tideover_gmem::GmemHandler;
 use tideover_gmem::Inode;
 
@@ -186,6 +188,29 @@ fn only_frozen_memory_is_handed_over() {
     assert_eq!(luo.freeze(&mut kho).unwrap_err().errno(), Errno::EBUSY);
 }
 
+/// R1.3, O1.11.
+#[test]
+fn what_is_handed_over_stays_frozen_whoever_ends_the_freeze() {
+    let Life { arena, mut kho, inode } = first_life();
+    let mut luo = luo(&arena, vec![]);
+    luo.create_session(SESSION).unwrap();
+    luo.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap();
+    drop({
+        let freeze = inode.freeze().unwrap();
+        luo.freeze(&mut kho).unwrap();
+        freeze
+    });
+    assert!(matches!(inode.punch(0, 4096), Err(ChangeError::Frozen { .. })));
+    luo.unfreeze(&mut kho);
+    inode.punch(0, 4096).unwrap();
+
+    let freeze = inode.freeze().unwrap();
+    luo.freeze(&mut kho).unwrap();
+    drop(freeze);
+    luo.drop_session(&mut kho, SESSION).unwrap();
+    inode.punch(0, 4096).unwrap();
+}
+
 /// R1.10.
 #[test]
 fn a_dropped_session_leaves_no_marks_and_no_record() {
@@ -208,8 +233,8 @@ fn a_dropped_session_leaves_no_marks_and_no_record() {
     luo.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap();
 }
 
-/// Finishes a received session, with or without a retrieve before.
-fn finish(retrieve: bool) {
+/// Finishes a received session, with or without a retrieve before. Gives the bytes that are left of 8 KiB.
+fn finish(retrieve: bool) -> Option<u64> {
     let Life { arena, mut kho, inode } = first_life();
     let mut first = luo(&arena, vec![]);
     first.publish(&mut kho).unwrap();
@@ -217,6 +242,9 @@ fn finish(retrieve: bool) {
     first.create_session(SESSION).unwrap();
     first.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap();
     first.publish(&mut kho).unwrap();
+    inode.allocate(MIB, 8192).unwrap();
+    let outside = inode.mapping().region().as_fd().try_clone_to_owned().unwrap();
+    let outside = Region::accept("outside", outside, 4 * MIB).unwrap();
 
     let mut kho = Kho::attach(Box::new(arena.clone())).unwrap();
     let mut second = Luo::attach(&mut kho, handlers(&arena, vec![])).unwrap();
@@ -230,18 +258,19 @@ fn finish(retrieve: bool) {
         second.create_session(SESSION).unwrap();
         second.preserve(&mut kho, SESSION, RAM, file).unwrap();
     }
+    outside.allocated_bytes().unwrap()
 }
 
 /// R1.13, H3.6.2.
 #[test]
 fn what_was_retrieved_lives_on_after_finish_and_can_be_preserved_again() {
-    finish(true);
+    assert_eq!(finish(true), Some(8192));
 }
 
 /// R1.13, R3.2, R3.9.
 #[test]
-fn what_nobody_retrieved_loses_its_marks_at_finish() {
-    finish(false);
+fn what_nobody_retrieved_is_freed_at_finish() {
+    assert_eq!(finish(false), Some(0));
 }
 
 fn record(inode: &Inode) -> GmemRecord {

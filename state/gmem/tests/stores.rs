@@ -72,7 +72,8 @@ struct Machine {
 
 fn machine(builder: VmBuilder, inode: &Arc<Inode>) -> Machine {
     let mut slots = builder.memory_slots();
-    GmemFile::open(Arc::clone(inode), OURS).unwrap().bind(&mut slots, WHOLE).unwrap();
+    let file = GmemFile::open(Arc::clone(inode), OURS, builder.fd()).unwrap();
+    file.bind(&mut slots, WHOLE).unwrap();
     let vm = builder.finish(Irqchip::None).unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();
     let mut special = vcpu.fd().get_sregs().unwrap();

@@ -316,7 +316,16 @@ impl Incoming {
             states.insert(name, saved.ok_or(ClaimError::Stale { name })?.bytes);
         }
         let memories = parts.memories.iter().zip(&places[1..]);
+        let memories: Vec<Memory> = memories
+            .map(|(inode, place)| Memory {
+                inode: Arc::clone(inode),
+                page_bytes: place.page_bytes,
+                policy: place.policy,
+                account: None,
+            })
+            .collect();
         let machine = Machine {
+            _owners: machine::owners(&memories),
             name: parts.name,
             arena: self.arena,
             kho,
@@ -324,14 +333,7 @@ impl Incoming {
             ownership: self.ownership,
             word: way.word(),
             vm: parts.vm,
-            memories: memories
-                .map(|(inode, place)| Memory {
-                    inode: Arc::clone(inode),
-                    page_bytes: place.page_bytes,
-                    policy: place.policy,
-                    account: None,
-                })
-                .collect(),
+            memories,
             places,
             states: parts.states,
             fds: Vec::new(),

@@ -20,6 +20,7 @@ use abi::vmalloc::Descriptor;
 use gmem::GmemHandler;
 use gmem::GuestMemfd;
 use gmem::Inode;
+use gmem::Owner;
 use kho::CommitError;
 use kho::Kho;
 use kho::StoreError;
@@ -239,6 +240,9 @@ const SPARE_FRAMES: u64 = 64;
 /// A machine that this process owns: it may run the guest, and it alone writes the metadata.
 #[derive(Debug)]
 pub struct Machine {
+    /// Of its memory, which ends with it. First, as fields are dropped in order: the lock says last that this process is
+    /// gone.
+    pub(crate) _owners: Vec<Owner>,
     pub(crate) name: SessionName,
     pub(crate) arena: Arena,
     pub(crate) places: Vec<MemoryPlace>,
@@ -278,6 +282,7 @@ impl Machine {
         write_region_table(&mut kho, &arena, &places)?;
         let record = VmRecord { identity, vm_type: 0, vcpus: spec.vcpus };
         let mut machine = Self {
+            _owners: owners(&memories),
             name: spec.name,
             luo: Luo::new(handlers(
                 &arena,
@@ -671,6 +676,11 @@ fn write_region_table(kho: &mut Kho, arena: &Arena, places: &[MemoryPlace]) -> R
     let data = kho.store(&bytes).map_err(CreateError::Store)?.start().address();
     kho.set_subtree(Subtree { name: regions::SUBTREE, data, size: bytes.len() as u64 });
     Ok(())
+}
+
+/// Takes memory that nobody has owned yet.
+pub(crate) fn owners(memories: &[Memory]) -> Vec<Owner> {
+    memories.iter().filter_map(|memory| memory.inode.own()).collect()
 }
 
 /// The handlers of every machine.

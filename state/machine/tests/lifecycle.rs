@@ -9,6 +9,8 @@ mod damage;
 mod death;
 #[path = "lifecycle/descriptors.rs"]
 mod descriptors;
+#[path = "lifecycle/lifetime.rs"]
+mod lifetime;
 #[path = "lifecycle/refused_regions.rs"]
 mod refused_regions;
 #[path = "lifecycle/region0.rs"]
