@@ -244,6 +244,7 @@ impl<G: Guest> Update<'_, G> {
     fn prepare(&mut self) -> Result<(), Reason> {
         let deadline = Deadline::after(self.offer.timeouts.prepare);
         self.channel.require_same_user().map_err(Reason::Peer)?;
+        self.departure.check_memory()?;
         self.departure.keep_fds(&self.offer.fds, &crate::CAPABILITIES)?;
         self.agree(deadline)?;
         let link = |step| move |source| Reason::Link { step, source };

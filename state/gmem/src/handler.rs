@@ -115,7 +115,7 @@ impl Handler for GmemHandler {
     }
 
     fn can_preserve(&self, file: &File) -> bool {
-        inode_of(file).is_some()
+        inode_of(file).is_some_and(|inode| inode.check_shared().is_ok())
     }
 
     fn id(&self, file: &File) -> FileId {
@@ -151,9 +151,12 @@ impl Handler for GmemHandler {
 
     fn freeze(&self, _: &mut Context<'_>, file: &File, data: u64) -> Result<u64, HandlerError> {
         let inode = inode_of(file).ok_or(Mismatch::Type).map_err(refuse(Errno::EINVAL))?;
+        // Converted since it was preserved: from the freeze on it is not any more.
+        let shared = || inode.check_shared().map_err(|error| HandlerError::new(Errno::EOPNOTSUPP, error));
         // In one step: a freeze that is looked for and then relied on may have ended by then.
         let not_frozen = Mismatch::NotFrozen { name: inode.name() };
         let freeze = inode.join_freeze().ok_or(not_frozen).map_err(refuse(Errno::EBUSY))?;
+        shared()?;
         self.handed_over().insert(inode.id, freeze);
         Ok(data)
     }

@@ -49,6 +49,7 @@
 
 mod end;
 mod file;
+mod fit;
 mod freeze;
 mod gate;
 mod guest_memfd;
@@ -73,6 +74,9 @@ pub use file::Binding;
 pub use file::GmemFile;
 pub use file::OpenError;
 use file::View;
+use fit::PrivatePages;
+pub use fit::Sharing;
+pub use fit::UnfitError;
 pub use freeze::Freeze;
 pub use freeze::FreezeError;
 pub use freeze::Held;
@@ -103,6 +107,7 @@ pub struct Inode {
     /// this, only not mistaken for another one.
     maker: Option<Maker>,
     owned: Mutex<bool>,
+    private: Mutex<PrivatePages>,
     // From here on dropped in the order of the end. What a gate still holds, it holds of the mapping.
     gate: Gate<Holding>,
     mapping: Arc<Mapping>,
@@ -215,6 +220,7 @@ impl Inode {
             frames,
             maker,
             owned: Mutex::default(),
+            private: Mutex::default(),
             gate: Gate::new(),
             mapping,
             _evicted: step(End::Evicted),

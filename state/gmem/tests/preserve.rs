@@ -25,6 +25,7 @@ use region::Region;
 use tideover_gmem::ChangeError;
 use tideover_gmem::GmemHandler;
 use tideover_gmem::Inode;
+use tideover_gmem::Sharing;
 
 const MIB: u64 = 1 << 20;
 const OURS: Identity = Identity::new([1; 16]);
@@ -147,6 +148,28 @@ fn what_is_no_guest_memory_has_no_handler() {
         assert_eq!(luo.preserve(&mut kho, SESSION, RAM, stranger).unwrap_err().errno(), Errno::ENOENT);
     }
     luo.preserve(&mut kho, SESSION, RAM, inode as File).unwrap();
+}
+
+/// R1.2, O1.6.
+#[test]
+fn memory_of_which_some_is_private_has_no_handler_and_is_not_handed_over() {
+    let Life { arena, mut kho, inode } = first_life();
+    let mut luo = luo(&arena, vec![]);
+    luo.create_session(SESSION).unwrap();
+    inode.converted(MIB, 4096, Sharing::Private).unwrap();
+    let refused = luo.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap_err();
+    assert_eq!(refused.errno(), Errno::ENOENT);
+    inode.converted(MIB, 4096, Sharing::Shared).unwrap();
+    luo.preserve(&mut kho, SESSION, RAM, Arc::clone(&inode) as File).unwrap();
+
+    inode.converted(MIB, 4096, Sharing::Private).unwrap();
+    let freeze = inode.freeze().unwrap();
+    assert_eq!(luo.freeze(&mut kho).unwrap_err().errno(), Errno::EOPNOTSUPP);
+    drop(freeze);
+    assert!(!inode.is_frozen(), "it is as it was");
+    inode.converted(MIB, 4096, Sharing::Shared).unwrap();
+    let _frozen = inode.freeze().unwrap();
+    luo.freeze(&mut kho).unwrap();
 }
 
 /// R1.7.

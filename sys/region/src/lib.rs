@@ -40,6 +40,7 @@ pub mod liveness;
 mod mapping;
 mod numa;
 pub mod pagemap;
+mod poison;
 mod warm;
 
 use std::fmt;
@@ -439,7 +440,26 @@ impl Region {
     /// # Errors
     /// [`RegionError::Call`], with ENOSPC or ENOMEM if there is no memory; then some may have got pages.
     pub fn allocate(&self, offset: u64, len: u64) -> Result<(), RegionError> {
-        self.fallocate("allocate in", FallocateFlags::KEEP_SIZE, offset, len)
+        let what = "allocate in";
+        let error = |errno| call_error(what, &self.name, errno);
+        let allocate = |at, len| rustix::fs::fallocate(&self.fd, FallocateFlags::KEEP_SIZE, at, len);
+        let Some(end) = offset.checked_add(len).filter(|_| len > 0) else {
+            return allocate(offset, len).map_err(error);
+        };
+        // A signal ends a call, and where older kernels take back what it did, a thread that gets one every millisecond would
+        // never be done with a large range in one.
+        let (most, least) = (self.page_size.bytes().max(STEP_BYTES as u64), self.page_size.bytes());
+        let (mut at, mut step) = (offset, most);
+        while at < end {
+            let len = step.min(end - at);
+            match allocate(at, len) {
+                Ok(()) => (at, step) = (at + len, (step * 2).min(most)),
+                // Whole pages: what is asked for starts at one, or is refused.
+                Err(Errno::INTR) => step = (step / 2).max(least),
+                Err(errno) => return Err(error(errno)),
+            }
+        }
+        Ok(())
     }
 
     /// Gives all of it pages, without touching them.
@@ -447,12 +467,7 @@ impl Region {
     /// # Errors
     /// As of [`Region::allocate`].
     pub fn fill(&self) -> Result<(), RegionError> {
-        self.filling(|| {
-            (0..self.len_bytes).step_by(STEP_BYTES).try_for_each(|at| {
-                let rest = self.len_bytes - at;
-                self.allocate(at, rest.min(STEP_BYTES as u64))
-            })
-        })
+        self.filling(|| self.allocate(0, self.len_bytes))
     }
 
     /// Runs what gives every page memory, and remembers that it did.
@@ -472,7 +487,11 @@ impl Region {
     /// [`RegionError::Whole`] for hugetlb memory; [`RegionError::Call`] if the kernel refuses.
     pub fn punch(&self, offset: u64, len: u64) -> Result<(), RegionError> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let punch = || self.fallocate("punch a hole into", flags, offset, len);
+        // A signal in between leaves some of it done, which does no harm when it is done again.
+        let punch = || {
+            rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, offset, len))
+                .map_err(|errno| call_error("punch a hole into", &self.name, errno))
+        };
         match self.store {
             Store::Memfd => punch(),
             Store::Hugetlb => Err(RegionError::Whole { name: self.name.clone() }),
@@ -499,18 +518,6 @@ impl Region {
             return Err(call_error("let go of", &self.name, io::Error::last_os_error()));
         }
         Ok(())
-    }
-
-    fn fallocate(
-        &self,
-        what: &'static str,
-        flags: FallocateFlags,
-        offset: u64,
-        len: u64,
-    ) -> Result<(), RegionError> {
-        // A signal in between leaves some of it done, which does no harm when it is done again.
-        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, flags, offset, len))
-            .map_err(|errno| call_error(what, &self.name, errno))
     }
 }
 

@@ -172,6 +172,11 @@ impl Mapping {
         self.address.as_ptr().addr()
     }
 
+    /// As [`len_bytes`](Self::len_bytes), as a number of addresses.
+    pub(crate) fn mapped_bytes(&self) -> usize {
+        self.len
+    }
+
     fn bytes(&self) -> VolatileSlice<'_> {
         // SAFETY: by the field's invariant the range is mapped as long as `self` lives, and the slice
         // borrows it. Others may write meanwhile: VolatileSlice copies and never makes a reference.

@@ -393,6 +393,20 @@ impl Uffd {
         Ok(Continued { bytes_mapped: done, stopped: Stopped::AtEnd })
     }
 
+    /// Makes every access to these pages fail, in this address space and for good, as if the hardware had lost them: SIGBUS
+    /// to a thread, EHWPOISON or EFAULT to a system call. The pages must have no entry yet, and be registered with this
+    /// userfaultfd. So a lost page is told again to an address space that never touched it (poison is not the file's),
+    /// and what happens then can be tried. Since Linux 6.6.
+    ///
+    /// # Errors
+    ///
+    /// [`CallError`].
+    pub fn poison(&self, mapped: &impl Mapped, range: Range<usize>) -> Result<(), CallError> {
+        let span = Span::of(mapped, range)?;
+        ioctl::poison(self.fd.as_fd(), span)
+            .map_err(|cause| CallError::Call { action: "poison the range", cause })
+    }
+
     /// A fault that is parked and has not been told yet, if there is one by the end of `timeout`.
     ///
     /// Each is told once, and again if it is woken and faults anew. A vCPU's fault may come from a kernel

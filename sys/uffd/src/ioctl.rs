@@ -1,4 +1,4 @@
-//! The six ioctls, the read and the one madvise, as the kernel's header `linux/userfaultfd.h` defines them,
+//! The seven ioctls, the read and the one madvise, as the kernel's header `linux/userfaultfd.h` defines them,
 //! and nothing but them.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -17,6 +17,7 @@ const UFFDIO_REGISTER: libc::Ioctl = _IOWR::<RegisterArgument>(LETTER, 0x00);
 const UFFDIO_UNREGISTER: libc::Ioctl = _IOR::<RangeArgument>(LETTER, 0x01);
 const UFFDIO_WAKE: libc::Ioctl = _IOR::<RangeArgument>(LETTER, 0x02);
 const UFFDIO_CONTINUE: libc::Ioctl = _IOWR::<ContinueArgument>(LETTER, 0x07);
+const UFFDIO_POISON: libc::Ioctl = _IOWR::<PoisonArgument>(LETTER, 0x08);
 const UFFDIO_API: libc::Ioctl = _IOWR::<ApiArgument>(LETTER, 0x3f);
 
 pub(crate) const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
@@ -62,12 +63,20 @@ struct ContinueArgument {
     mapped: i64,
 }
 
+#[repr(C)]
+struct PoisonArgument {
+    range: RangeArgument,
+    mode: u64,
+    updated: i64,
+}
+
 // The header's sizes are part of each ioctl's number, so a wrong one would be an unknown ioctl.
 const _: () = assert!(
     size_of::<ApiArgument>() == 24
         && size_of::<RangeArgument>() == 16
         && size_of::<RegisterArgument>() == 32
         && size_of::<ContinueArgument>() == 32
+        && size_of::<PoisonArgument>() == 32
 );
 
 impl From<Span> for RangeArgument {
@@ -152,6 +161,16 @@ pub(crate) fn continue_range(uffd: BorrowedFd<'_>, span: Span) -> (usize, Result
     // Negative: an errno, which the call has also returned.
     let mapped = usize::try_from(argument.mapped).unwrap_or(0);
     (mapped, result.map(|_zero| ()))
+}
+
+/// Marks pages that have no entry as lost.
+pub(crate) fn poison(uffd: BorrowedFd<'_>, span: Span) -> Result<(), Errno> {
+    let mut argument = PoisonArgument { range: span.into(), mode: 0, updated: 0 };
+    // SAFETY:
+    // 1. The argument is ours and of the type that this number stands for.
+    // 2. An access to what has no entry is one that may fail to get one; no byte of the file changes.
+    answer(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_POISON, &raw mut argument) })?;
+    Ok(())
 }
 
 /// Whether each page of the range is in memory: one byte for each, its lowest bit. `pages` has as many.

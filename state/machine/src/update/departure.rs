@@ -8,6 +8,7 @@ use abi::foreign::FdName;
 use fdpass::monotonic_ns;
 use gmem::Freeze;
 use gmem::FreezeError;
+use gmem::UnfitError;
 use thiserror::Error;
 use tracing::warn;
 
@@ -27,6 +28,9 @@ pub enum DepartureError {
     /// Descriptors cannot go with the machine.
     #[error("cannot hand over what goes with the machine")]
     Fds(#[source] KeepError),
+    /// A page of guest memory is lost, or the guest's alone.
+    #[error("the machine cannot be handed over")]
+    Memory(#[source] UnfitError),
     /// Guest memory could not be frozen.
     #[error("cannot freeze the guest's memory")]
     Freeze(#[source] FreezeError),
@@ -98,6 +102,15 @@ impl<'a, G: Guest> Departure<'a, G> {
     /// Notes a step that the other side tells of: nanoseconds on the clock of the [`Timeline`].
     pub fn note(&mut self, step: Step, at_ns: u64) {
         self.timeline.note(step, at_ns);
+    }
+
+    /// Refuses a machine whose memory has a poisoned page, or a private one. To be asked while the guest runs: it looks at all page tables.
+    ///
+    /// # Errors
+    /// [`DepartureError::Memory`]
+    pub fn check_memory(&self) -> Result<(), DepartureError> {
+        let check = |memory: &crate::Memory| memory.inode.check_fit().map_err(DepartureError::Memory);
+        self.machine.memories().iter().try_for_each(check)
     }
 
     /// Has these descriptors go with the machine.

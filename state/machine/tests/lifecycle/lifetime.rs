@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use gmem::End;
+use gmem::Sharing;
+use gmem::UnfitError;
 
 use crate::claim;
 use crate::held;
@@ -13,6 +15,13 @@ use crate::rig::offered;
 use crate::rig::spec;
 use crate::seal;
 use tideover_machine::Incoming;
+use tideover_machine::Machine;
+use tideover_machine::StateName;
+use tideover_machine::update::Departure;
+use tideover_machine::update::DepartureError;
+use tideover_machine::update::Guest;
+use uffd::Mode;
+use uffd::Uffd;
 
 /// R3.2, R3.5.
 #[test]
@@ -64,4 +73,49 @@ fn a_machine_that_nobody_claims_is_freed_with_the_last_who_was_offered_it() {
     for step in [End::Evicted, End::Destroyed, End::Freed] {
         assert_eq!(steps.iter().filter(|told| **told == step).count(), 2, "{step:?}");
     }
+}
+
+/// A guest that there is no need for.
+struct NoGuest;
+
+impl Guest for NoGuest {
+    type Error = std::io::Error;
+
+    fn pause(&mut self) -> Result<(), std::io::Error> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
+    fn save(&mut self) -> Result<Vec<(StateName, Vec<u8>)>, std::io::Error> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+
+    fn resume(&mut self) -> Result<(), std::io::Error> {
+        Ok(())
+    }
+}
+
+/// R1.6, O1.6.
+#[test]
+fn an_update_of_memory_that_cannot_go_is_refused_before_anything_is_done() {
+    harness::need!(userfaultfd);
+    let mut machine = Machine::create(&spec("unfit", &[4, 8], &["vcpu0"]), &mut |_, _| {}).unwrap();
+    let [first, second] = inodes(&machine).try_into().unwrap();
+    let check =
+        |machine: &mut Machine| match Departure::new(machine, &mut NoGuest, &mut |_| {}).check_memory() {
+            Ok(()) => None,
+            Err(DepartureError::Memory(error)) => Some(error),
+            Err(other) => panic!("{other:?}"),
+        };
+    assert_eq!(check(&mut machine), None);
+    second.converted(4096, 8192, Sharing::Private).unwrap();
+    let private = UnfitError::Private { name: second.name(), offset_bytes: 4096 };
+    assert_eq!(check(&mut machine), Some(private));
+    second.converted(0, 1 << 20, Sharing::Shared).unwrap();
+
+    let uffd = Uffd::open().unwrap();
+    uffd.register(first.mapping(), 0..4 << 20, Mode::Missing).unwrap();
+    uffd.poison(first.mapping(), 8192..12288).unwrap();
+    let poisoned = UnfitError::Poisoned { name: first.name(), offset_bytes: 8192 };
+    assert_eq!(check(&mut machine), Some(poisoned));
+    assert!(!first.is_frozen() && !second.is_frozen());
 }
