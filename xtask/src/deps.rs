@@ -157,6 +157,8 @@ pub(crate) fn run() -> Verdict {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     /// A package in the folder `folder` of a workspace at `/ws`, named by the folder's last part.
@@ -237,5 +239,23 @@ mod tests {
     fn a_crate_in_another_folder_lies_in_no_ring() {
         let rings = look_at(&[package("util/strings", &[])]);
         assert_eq!(rings.homeless, ["strings (util/strings)"]);
+    }
+
+    /// R0.10.
+    #[test]
+    fn who_only_makes_vms_links_nothing_that_preserves_them() {
+        let workspace = Workspace::read().unwrap();
+        let linked = |folder: &str| -> Vec<PathBuf> {
+            let package = workspace.packages.iter().find(|package| package.folder().ends_with(folder));
+            let dependencies = &package.unwrap().dependencies;
+            let linked = dependencies.iter().filter(|dependency| dependency.kind.is_none());
+            linked.filter_map(|dependency| dependency.path.clone()).collect()
+        };
+        let kvm = linked("sys/kvm");
+        let preserves =
+            |path: &PathBuf| ["state", "carriers"].iter().any(|ring| workspace.short(path).starts_with(ring));
+        assert!(!kvm.is_empty() && !kvm.iter().any(preserves), "{kvm:?}");
+        // Not so what is linked to have a machine preserved.
+        assert!(linked("carriers/socket").iter().any(preserves));
     }
 }

@@ -25,6 +25,7 @@ use crate::control::GuestKind;
 use crate::control::MachineSpec;
 use crate::control::Pages;
 use crate::control::Store;
+use crate::guest;
 use crate::guest::Health;
 use crate::guest::Served;
 use crate::kvm_guest;
@@ -94,6 +95,7 @@ fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<Made> {
     let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, &mut progress)?;
     let mut guest = boot(spec, &machine, &backends, vm)?;
     guest.start()?;
+    guest::serves(&*guest, &machine);
     Ok((machine, guest, backends))
 }
 

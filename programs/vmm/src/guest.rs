@@ -12,6 +12,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use kvm_ioctls::VmFd;
 use machine::Machine;
 use machine::StateName;
 use machine::update::Guest;
@@ -248,6 +249,9 @@ pub trait Served: Guest<Error = GuestError> + Send {
     /// nanoseconds.
     fn entered_ns(&self) -> Option<u64>;
 
+    /// The VM object of KVM that it runs in, if it does.
+    fn vm_object(&self) -> Option<&Arc<VmFd>>;
+
     /// Whether it has ended by itself.
     fn health(&self) -> &Health;
 
@@ -256,6 +260,12 @@ pub trait Served: Guest<Error = GuestError> + Send {
 
     /// Its consoles go on, though it stands still.
     fn attend(&self);
+}
+
+/// The guest runs in a VM object of its own from now on: who follows the machine is told, once of each.
+pub(crate) fn serves(guest: &dyn Served, machine: &Machine) {
+    // It is an event of `tracing`; the value says the same.
+    let _told = guest.vm_object().and_then(|vm| machine.serve(vm));
 }
 
 /// The guest, whatever it is, as its user wants it.

@@ -18,6 +18,7 @@ use kvm::Vm;
 use kvm::VmBuilder;
 use kvm::VmState;
 use kvm_ioctls::Kvm;
+use kvm_ioctls::VmFd;
 use machine::Identity;
 use machine::StateName;
 use machine::update::Guest;
@@ -408,6 +409,10 @@ impl Served for KvmGuest {
     fn entered_ns(&self) -> Option<u64> {
         // Not known as long as one of them was not entered.
         self.vcpus.iter().map(VcpuThread::entered_ns).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
+    fn vm_object(&self) -> Option<&Arc<VmFd>> {
+        Some(self.vm.fd())
     }
 
     fn health(&self) -> &Health {

@@ -33,6 +33,7 @@ use crate::control::Request;
 use crate::control::Status;
 use crate::control::Then;
 use crate::first;
+use crate::guest;
 use crate::guest::AnyGuest;
 use crate::guest::MemoryWords;
 use crate::guest::Served;
@@ -266,7 +267,11 @@ impl Vmm {
 
     fn restart(&mut self) -> anyhow::Result<()> {
         self.guest.guest = first::boot_again(&self.spec, &self.machine, &self.backends)?;
-        if self.guest.held { Ok(()) } else { Ok(self.guest.guest.start()?) }
+        if !self.guest.held {
+            self.guest.guest.start()?;
+        }
+        guest::serves(&*self.guest.guest, &self.machine);
+        Ok(())
     }
 
     fn status(&self) -> Status {

@@ -20,6 +20,7 @@ use crate::backends::Backends;
 use crate::clients::Clients;
 use crate::confine::Confine;
 use crate::control::GuestKind;
+use crate::guest;
 use crate::guest::AnyGuest;
 use crate::guest::Health;
 use crate::guest::MemoryWords;
@@ -158,6 +159,7 @@ impl Prepared {
             false => self.guest.start().context("the guest is lost")?,
             true => self.guest.attend(),
         }
+        guest::serves(&*self.guest, machine);
         self.clients.own();
         Ok((words, before))
     }

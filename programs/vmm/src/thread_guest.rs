@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 
 use fdpass::monotonic_ns;
 use gmem::Inode;
+use kvm_ioctls::VmFd;
 use machine::StateName;
 use machine::update::Guest;
 use pulse::Image;
@@ -349,6 +350,10 @@ impl Served for ThreadGuest {
     fn entered_ns(&self) -> Option<u64> {
         // Not known as long as one of them was not entered.
         self.vcpus.iter().map(WalkThread::entered_ns).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
+    fn vm_object(&self) -> Option<&Arc<VmFd>> {
+        None
     }
 
     fn health(&self) -> &Health {

@@ -1,4 +1,4 @@
-//! The machine's record and its saved state as preserved files.
+//! The machine's saved state as preserved files, and what all of a machine's handlers share.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -8,9 +8,7 @@ use std::sync::PoisonError;
 use abi::state;
 use abi::state::StateName;
 use abi::state::StateRecord;
-use abi::vm;
 use abi::vm::Identity;
-use abi::vm::VmRecord;
 use luo::Compatible;
 use luo::Context;
 use luo::Errno;
@@ -21,7 +19,7 @@ use luo::HandlerError;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
-enum Mismatch {
+pub(crate) enum Mismatch {
     #[error("the record is of machine {record}, the arena of machine {arena}")]
     Identity { record: Identity, arena: Identity },
     #[error("not of this kind")]
@@ -30,88 +28,13 @@ enum Mismatch {
     NotSaved { name: StateName },
 }
 
-fn invalid(why: Mismatch) -> HandlerError {
+pub(crate) fn invalid(why: Mismatch) -> HandlerError {
     HandlerError::new(Errno::EINVAL, why)
 }
 
 pub(crate) fn check_identity(context: &Context<'_>, record: Identity) -> Result<(), HandlerError> {
     let arena = context.kho.identity();
     if record == arena { Ok(()) } else { Err(invalid(Mismatch::Identity { record, arena })) }
-}
-
-/// The machine as a preserved file: its identity, and what a VM object for it needs to be.
-#[derive(Debug)]
-pub struct VmFile {
-    id: FileId,
-    record: VmRecord,
-}
-
-impl VmFile {
-    pub(crate) fn new(record: VmRecord) -> Arc<Self> {
-        Arc::new(Self { id: FileId::fresh(), record })
-    }
-
-    /// Its record.
-    pub fn record(&self) -> &VmRecord {
-        &self.record
-    }
-}
-
-fn vm_of(file: &File) -> Option<Arc<VmFile>> {
-    Arc::clone(file).downcast().ok()
-}
-
-/// Preserves a [`VmFile`]: `tideover-vm-v1`.
-pub(crate) struct VmHandler;
-
-impl Handler for VmHandler {
-    fn compatible(&self) -> Compatible {
-        Compatible::literal(vm::FORMAT.compatible)
-    }
-
-    fn can_preserve(&self, file: &File) -> bool {
-        vm_of(file).is_some()
-    }
-
-    fn id(&self, file: &File) -> FileId {
-        vm_of(file).map_or_else(FileId::fresh, |file| file.id)
-    }
-
-    fn preserve(&self, context: &mut Context<'_>, file: &File) -> Result<u64, HandlerError> {
-        let file = vm_of(file).ok_or(Mismatch::Type).map_err(invalid)?;
-        check_identity(context, file.record.identity)?;
-        let stored = context.kho.store(&file.record.encode());
-        Ok(stored.map_err(|error| HandlerError::new(Errno::ENOMEM, error))?.start().address())
-    }
-
-    fn unpreserve(&self, context: &mut Context<'_>, _: &File, data: u64) {
-        context.kho.free_record(&vm::FORMAT, data);
-    }
-
-    fn freeze(&self, _: &mut Context<'_>, _: &File, data: u64) -> Result<u64, HandlerError> {
-        Ok(data)
-    }
-
-    fn unfreeze(&self, _: &mut Context<'_>, _: &File, data: u64) -> u64 {
-        data
-    }
-
-    fn retrieve(&self, context: &mut Context<'_>, data: u64) -> Result<File, HandlerError> {
-        let record = VmRecord::read(&context.kho.memory(), data);
-        let record = record.map_err(|error| HandlerError::new(Errno::EINVAL, error))?;
-        let adopted = context.kho.adopt_record(&vm::FORMAT, data);
-        adopted.map_err(|error| HandlerError::new(Errno::EINVAL, error))?;
-        check_identity(context, record.identity)?;
-        Ok(VmFile::new(record))
-    }
-
-    fn can_finish(&self, _: Option<&File>) -> bool {
-        true
-    }
-
-    fn finish(&self, context: &mut Context<'_>, _: Option<&File>, data: u64) {
-        context.kho.free_record(&vm::FORMAT, data);
-    }
 }
 
 /// What was saved, and for which seal.

@@ -39,7 +39,6 @@ use crate::foreign::FdError;
 use crate::foreign::FdFile;
 use crate::foreign::Fds;
 use crate::handlers::StateFile;
-use crate::handlers::VmFile;
 use crate::layout;
 use crate::layout::MemoryPlace;
 use crate::machine;
@@ -48,6 +47,7 @@ use crate::machine::Memory;
 use crate::ownership;
 use crate::ownership::Ownership;
 use crate::ownership::OwnershipError;
+use crate::vm_file::VmFile;
 
 /// A region as the other side hands it over: an allegation.
 #[derive(Debug)]

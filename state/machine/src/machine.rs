@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use abi::arena::Nonce;
 use abi::arena::OWNERSHIP_ADDRESS;
+use abi::arena::OwnershipState;
 use abi::arena::OwnershipWord;
 use abi::gmem::MemoryName;
 use abi::gmem::flags;
@@ -24,6 +25,7 @@ use gmem::Owner;
 use kho::CommitError;
 use kho::Kho;
 use kho::StoreError;
+use kvm::kvm_ioctls::VmFd;
 use luo::File;
 use luo::Finished;
 use luo::Handlers;
@@ -50,14 +52,16 @@ use crate::foreign::FdHandler;
 use crate::handlers::Saved;
 use crate::handlers::StateFile;
 use crate::handlers::StateHandler;
-use crate::handlers::VmFile;
-use crate::handlers::VmHandler;
 use crate::layout;
 use crate::layout::MemoryPlace;
 use crate::layout::Wanted;
 use crate::ownership;
 use crate::ownership::Ownership;
 use crate::ownership::OwnershipError;
+use crate::vm_file::Created;
+use crate::vm_file::Origin;
+use crate::vm_file::VmFile;
+use crate::vm_file::VmHandler;
 
 /// What guest memory comes from.
 #[derive(Debug, Clone, Default)]
@@ -293,7 +297,7 @@ impl Machine {
             kho,
             ownership,
             word,
-            vm: VmFile::new(record),
+            vm: VmFile::make(record, Origin::Made),
             memories,
             states: spec.states.iter().map(|name| StateFile::new(*name, None)).collect(),
             fds: Vec::new(),
@@ -455,6 +459,25 @@ impl Machine {
     /// How many vCPUs it has.
     pub fn vcpus(&self) -> u64 {
         self.vm.record().vcpus
+    }
+
+    /// Says that this VM object serves the machine from now on, and tells of it: call it when the guest runs, or is
+    /// about to.
+    ///
+    /// That is told once of each VM object, as what this returns and as a `tracing` event `created` with the target
+    /// `tideover::vm`; with `None` there is nothing to tell. A machine that is on its way here cannot be told of before
+    /// [`Claimed::run`](crate::Claimed::run) has given it to this process, and one that was sealed not any more, until it
+    /// is taken back.
+    pub fn serve(&self, vm: &Arc<VmFd>) -> Option<Created> {
+        if self.word.state() != OwnershipState::Running {
+            return None;
+        }
+        self.vm.serve(self.name, vm)
+    }
+
+    /// The VM object that serves the machine in this process, if it lives: see [`VmFile::vm_object`].
+    pub fn vm_object(&self) -> Option<Arc<VmFd>> {
+        self.vm.vm_object()
     }
 
     /// Its guest memory.

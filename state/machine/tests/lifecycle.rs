@@ -18,6 +18,8 @@ mod region0;
 mod rig;
 #[path = "lifecycle/stores.rs"]
 mod stores;
+#[path = "lifecycle/swapped.rs"]
+mod swapped;
 
 use std::collections::BTreeMap;
 
