@@ -352,7 +352,7 @@ impl<G: Guest> Update<'_, G> {
         };
         self.departure.tell(Step::Settled);
         let (predecessor_pid, successor_pid) = (process::id(), self.successor_pid);
-        let timeline = self.departure.into_timeline();
+        let timeline = self.departure.leave();
         Ok(Outcome::Updated(Report { predecessor_pid, successor_pid, timeline, unclaimed, vmm, silent }))
     }
 

@@ -218,6 +218,22 @@ impl GmemFile {
         self.view.bound().iter().map(|bound| bound.binding).collect()
     }
 
+    /// The guest physical address at which the guest sees this byte of the memory, if it does.
+    pub fn guest_address(&self, offset_bytes: u64) -> Option<u64> {
+        self.bindings().iter().find_map(|binding| {
+            let at = offset_bytes.checked_sub(binding.offset_bytes)?;
+            (at < binding.len_bytes).then(|| binding.guest_address + at)
+        })
+    }
+
+    /// The byte of the memory, by its offset, that the guest sees at this guest physical address, if it is one of it.
+    pub fn offset_bytes(&self, guest_address: u64) -> Option<u64> {
+        self.bindings().iter().find_map(|binding| {
+            let at = guest_address.checked_sub(binding.guest_address)?;
+            (at < binding.len_bytes).then(|| binding.offset_bytes + at)
+        })
+    }
+
     /// Shows pages of the memory to the guest, as a new slot of its VM.
     ///
     /// The VM object that made a guest_memfd has its slot bound to the file; for every other one, and for every other

@@ -1,6 +1,7 @@
 //! No page is added or taken away while a [`Freeze`] stands.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use abi::gmem::MemoryName;
 use region::Errno;
@@ -10,6 +11,7 @@ use region::RegionError;
 use region::Store;
 use region::WarmError;
 use thiserror::Error;
+use uffd::Faults;
 use uffd::Hold;
 use uffd::Parked;
 use uffd::Uffd;
@@ -22,12 +24,17 @@ use crate::gate::Stopped;
 pub(crate) struct Holding {
     held: Held,
     hold: Option<Hold<Arc<Mapping>>>,
+    faults: Option<Arc<Faults>>,
 }
 
 impl Holding {
     /// For memory that is to be unmapped: gives what is to be woken after that.
     pub(crate) fn end(self) -> Option<Parked> {
         self.hold.map(|hold| hold.end().1)
+    }
+
+    fn told(&self) -> (Held, Option<Arc<Faults>>) {
+        (self.held, self.faults.clone())
     }
 }
 
@@ -113,12 +120,32 @@ impl FreezeError {
 pub struct Freeze {
     inode: Arc<Inode>,
     held: Held,
+    faults: Option<Arc<Faults>>,
 }
 
 impl Freeze {
     /// How faults are held.
     pub fn held(&self) -> Held {
         self.held
+    }
+
+    /// Waits until somebody waits at a hole who has not been told of yet, and says where: the offset of the page in the
+    /// memory, in bytes. `None` if nobody did by the end of `timeout`; at once if nobody can, as with all but
+    /// [`Held::Userfaultfd`].
+    ///
+    /// So a VMM refuses a vCPU what it would otherwise wait for: [`GmemFile::guest_address`](crate::GmemFile::guest_address)
+    /// says what the guest reached for, and a kick gets the vCPU out, which still stands before the same instruction. It
+    /// can then be saved, or run on when the freeze has ended. Each is told once, and to one of all who ask; who comes back
+    /// to the hole is told anew. KVM may have a worker of its own wait in the vCPU's stead, which waits on when the
+    /// vCPU is out.
+    ///
+    /// # Errors
+    /// [`FreezeError::Userfaultfd`]
+    pub fn wait_fault(&self, timeout: Duration) -> Result<Option<u64>, FreezeError> {
+        let Some(faults) = &self.faults else { return Ok(None) };
+        let name = self.inode.name();
+        let offset = faults.wait(timeout).map_err(|source| FreezeError::Userfaultfd { name, source })?;
+        Ok(offset.map(|offset| offset as u64))
     }
 }
 
@@ -135,23 +162,23 @@ impl Inode {
     /// # Errors
     /// [`FreezeError`]
     pub fn freeze(self: &Arc<Self>) -> Result<Freeze, FreezeError> {
-        let held =
-            self.gate.freeze(|| self.hold_faults(), |holding| holding.held).map_err(|why| match why {
-                Stopped::Hold(error) => error,
-                Stopped::Ended => FreezeError::Ended { name: self.name() },
-            })?;
-        Ok(Freeze { inode: Arc::clone(self), held })
+        let told = self.gate.freeze(|| self.hold_faults(), Holding::told);
+        let (held, faults) = told.map_err(|why| match why {
+            Stopped::Hold(error) => error,
+            Stopped::Ended => FreezeError::Ended { name: self.name() },
+        })?;
+        Ok(Freeze { inode: Arc::clone(self), held, faults })
     }
 
     /// Another freeze, if one stands: what is handed over stays frozen, whoever ends the first one.
     pub(crate) fn join_freeze(self: &Arc<Self>) -> Option<Freeze> {
-        let held = self.gate.join(|holding| holding.held)?;
-        Some(Freeze { inode: Arc::clone(self), held })
+        let (held, faults) = self.gate.join(Holding::told)?;
+        Some(Freeze { inode: Arc::clone(self), held, faults })
     }
 
     fn hold_faults(&self) -> Result<Holding, FreezeError> {
         let name = self.name();
-        let without = |held| Ok(Holding { held, hold: None });
+        let without = |held| Ok(Holding { held, hold: None, faults: None });
         let region = self.mapping().region();
         if region.is_whole().map_err(|source| FreezeError::Region { name, source })? {
             return without(Held::Whole);
@@ -165,9 +192,10 @@ impl Inode {
             warmed.map_err(|source| FreezeError::Warm { name, source })?;
             return without(Held::Prefaulted);
         };
-        let hold = Hold::new(uffd, Arc::clone(self.mapping()));
-        let hold = hold.map_err(|source| FreezeError::Userfaultfd { name, source })?;
-        Ok(Holding { held: Held::Userfaultfd, hold: Some(hold) })
+        let failed = |source| FreezeError::Userfaultfd { name, source };
+        let hold = Hold::new(uffd, Arc::clone(self.mapping())).map_err(failed)?;
+        let faults = Some(Arc::new(hold.faults().map_err(failed)?));
+        Ok(Holding { held: Held::Userfaultfd, hold: Some(hold), faults })
     }
 
     /// True while a freeze stands.

@@ -68,6 +68,28 @@ fn a_file_keeps_the_memory_that_its_maker_let_go() {
     assert_eq!(&read, b"kept");
 }
 
+/// R2.3.
+#[test]
+fn an_address_of_the_guest_leads_to_its_byte_and_back() {
+    harness::need!(kvm);
+    let mut slots = slots();
+    let file = GmemFile::open(inode(), OURS, slots.vm()).unwrap();
+    for binding in [binding(0, 4, 2), binding(3, 0, 1)] {
+        file.bind(&mut slots, binding).unwrap();
+        for at in [0, 1, 4096, binding.len_bytes - 1] {
+            let (offset, address) = (binding.offset_bytes + at, binding.guest_address + at);
+            assert_eq!(file.guest_address(offset), Some(address));
+            assert_eq!(file.offset_bytes(address), Some(offset));
+        }
+        assert_eq!(file.offset_bytes(binding.guest_address - 1), None);
+        assert_eq!(file.offset_bytes(binding.guest_address + binding.len_bytes), None);
+    }
+    assert_eq!(
+        (file.guest_address(2 * MIB), file.guest_address(6 * MIB), file.guest_address(u64::MAX)),
+        (None, None, None)
+    );
+}
+
 /// G5.5.8.
 #[test]
 fn a_page_has_one_place_in_a_vm() {

@@ -325,7 +325,7 @@ impl Incoming {
             })
             .collect();
         let machine = Machine {
-            _owners: machine::owners(&memories),
+            owners: machine::owners(&memories),
             name: parts.name,
             arena: self.arena,
             kho,

@@ -246,7 +246,7 @@ const SPARE_FRAMES: u64 = 64;
 pub struct Machine {
     /// Of its memory, which ends with it. First, as fields are dropped in order: the lock says last that this process is
     /// gone.
-    pub(crate) _owners: Vec<Owner>,
+    pub(crate) owners: Vec<Owner>,
     pub(crate) name: SessionName,
     pub(crate) arena: Arena,
     pub(crate) places: Vec<MemoryPlace>,
@@ -286,7 +286,7 @@ impl Machine {
         write_region_table(&mut kho, &arena, &places)?;
         let record = VmRecord { identity, vm_type: 0, vcpus: spec.vcpus };
         let mut machine = Self {
-            _owners: owners(&memories),
+            owners: owners(&memories),
             name: spec.name,
             luo: Luo::new(handlers(
                 &arena,

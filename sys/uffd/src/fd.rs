@@ -416,31 +416,43 @@ impl Uffd {
     ///
     /// [`CallError::Call`].
     pub fn wait_fault(&self, timeout: Duration) -> Result<Option<Fault>, CallError> {
-        let failed = |cause| CallError::Call { action: "read a fault", cause };
-        let end = Instant::now().checked_add(timeout);
-        loop {
-            let mut message = [0; MESSAGE_BYTES];
-            match rustix::io::read(&self.fd, &mut message) {
-                Ok(MESSAGE_BYTES) => {
-                    if let Some(fault) = parse(&message) {
-                        return Ok(Some(fault));
-                    }
+        wait_fault(self.fd.as_fd(), timeout)
+    }
+
+    /// Another descriptor of it. As long as that is open, closing this one lets nothing go on.
+    pub(crate) fn duplicate(&self) -> Result<OwnedFd, CallError> {
+        let copied = self.fd.try_clone();
+        let copied = copied.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::MFILE));
+        copied.map(raised).map_err(|cause| CallError::Call { action: "copy the descriptor", cause })
+    }
+}
+
+/// See [`Uffd::wait_fault`].
+pub(crate) fn wait_fault(fd: BorrowedFd<'_>, timeout: Duration) -> Result<Option<Fault>, CallError> {
+    let failed = |cause| CallError::Call { action: "read a fault", cause };
+    let end = Instant::now().checked_add(timeout);
+    loop {
+        let mut message = [0; MESSAGE_BYTES];
+        match rustix::io::read(fd, &mut message) {
+            Ok(MESSAGE_BYTES) => {
+                if let Some(fault) = parse(&message) {
+                    return Ok(Some(fault));
                 }
-                Ok(_short) => return Err(failed(Errno::IO)),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-                    if left == Some(Duration::ZERO) {
-                        return Ok(None);
-                    }
-                    let left = left.and_then(|left| Timespec::try_from(left).ok());
-                    match poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], left.as_ref()) {
-                        Ok(_) | Err(Errno::INTR) => {}
-                        Err(cause) => return Err(failed(cause)),
-                    }
-                }
-                Err(cause) => return Err(failed(cause)),
             }
+            Ok(_short) => return Err(failed(Errno::IO)),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+                if left == Some(Duration::ZERO) {
+                    return Ok(None);
+                }
+                let left = left.and_then(|left| Timespec::try_from(left).ok());
+                match poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], left.as_ref()) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(cause) => return Err(failed(cause)),
+                }
+            }
+            Err(cause) => return Err(failed(cause)),
         }
     }
 }
@@ -452,7 +464,21 @@ impl AsFd for Uffd {
     }
 }
 
+/// The same under a number above those of any VM and vCPU, if the process may have such a one.
+///
+/// The kernel closes the descriptors of a process that dies from the highest to the lowest. The close of a VM waits, out of
+/// reach of any signal, for KVM's worker that is parked in a fault, and that one for the close of the userfaultfd: it
+/// has to come first, or the process never ends.
+fn raised(fd: OwnedFd) -> OwnedFd {
+    let raise = |at| rustix::io::fcntl_dupfd_cloexec(&fd, at).ok();
+    [4096, 512].into_iter().find_map(raise).unwrap_or(fd)
+}
+
 fn new_fd() -> Result<OwnedFd, OpenError> {
+    open_fd().map(raised)
+}
+
+fn open_fd() -> Result<OwnedFd, OpenError> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let device = rustix::fs::open("/dev/userfaultfd", flags, rustix::fs::Mode::empty());
     if let Ok(fd) = device.and_then(|device| ioctl::new_from_device(device.as_fd())) {

@@ -35,9 +35,10 @@
 //!
 //! Where nothing shall ever park, take a userfaultfd that [refuses](crate::OnHole::Refuse).
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use crate::fd::{CallError, Mode, Uffd};
+use crate::fd::{self, CallError, Mode, Uffd};
 use crate::mapped::{Mapped, Span};
 
 /// A range that is registered for as long as this lives.
@@ -119,6 +120,16 @@ impl<M: Mapped> Hold<M> {
         Ok(fault.and_then(|fault| fault.offset_in(&self.mapped)))
     }
 
+    /// Tells of what parks, on any thread, while somebody else has the hold.
+    ///
+    /// # Errors
+    ///
+    /// [`CallError::Call`] if there is no descriptor left.
+    pub fn faults(&self) -> Result<Faults, CallError> {
+        let Span { address, len } = self.registration.span;
+        Ok(Faults { fd: self.registration.uffd.duplicate()?, address, len })
+    }
+
     /// Has everything that is parked try again. What is still missing parks anew, and is told anew.
     ///
     /// # Errors
@@ -144,6 +155,29 @@ impl<M: Mapped> Hold<M> {
         let mut registration = self.registration;
         registration.armed = false;
         (self.mapped, Parked { registration })
+    }
+}
+
+/// Tells of what parks at a hold. It does not keep the hold, after whose end there is nothing more to tell.
+#[derive(Debug)]
+pub struct Faults {
+    // What unregisters or wakes the range lets go what is parked, so it is no matter that this is open, too.
+    fd: OwnedFd,
+    address: usize,
+    len: usize,
+}
+
+impl Faults {
+    /// As [`Hold::wait_fault`]; each fault is told to one of all who ask.
+    ///
+    /// # Errors
+    ///
+    /// [`CallError::Call`].
+    pub fn wait(&self, timeout: Duration) -> Result<Option<usize>, CallError> {
+        let fault = fd::wait_fault(self.fd.as_fd(), timeout)?;
+        let address = fault.and_then(|fault| usize::try_from(fault.host_address).ok());
+        let offset = address.and_then(|address| address.checked_sub(self.address));
+        Ok(offset.filter(|offset| *offset < self.len))
     }
 }
 

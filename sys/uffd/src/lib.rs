@@ -33,6 +33,6 @@ pub mod populate;
 pub use fd::{
     CallError, Continued, Fault, FaultKind, Features, Mode, OnHole, OpenError, RangeError, Stopped, Uffd,
 };
-pub use hold::{Hold, Parked};
+pub use hold::{Faults, Hold, Parked};
 pub use mapped::Mapped;
 pub use populate::{Activity, Method, PopulateError, Populated, Refusal, populate, populate_by_seek};

@@ -8,6 +8,7 @@ use abi::foreign::FdName;
 use fdpass::monotonic_ns;
 use gmem::Freeze;
 use gmem::FreezeError;
+use gmem::Held;
 use gmem::UnfitError;
 use thiserror::Error;
 use tracing::warn;
@@ -83,8 +84,13 @@ impl<'a, G: Guest> Departure<'a, G> {
         &self.timeline
     }
 
-    /// The steps that this side knew of at the end.
-    pub fn into_timeline(self) -> Timeline {
+    /// The machine is the successor's: ends the guest's memory in this process before the freezes end, so that whatever
+    /// still waits at a hole adds no page under the other's guest. Gives the steps that this side knew of at the end.
+    pub fn leave(self) -> Timeline {
+        // Else nobody can wait, and it ends with the machine.
+        if self.freezes.iter().any(|freeze| freeze.held() == Held::Userfaultfd) {
+            self.machine.owners.clear();
+        }
         self.timeline
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::io::{FdFlags, fcntl_getfd};
+use rustix::process::{Resource, getrlimit};
 use uffd::{CallError, Fault, FaultKind, Hold, Mapped, Mode, OnHole, Uffd};
 
 use crate::memory::{Memory, Numbers, PAGE, View};
@@ -180,6 +181,38 @@ fn at_the_end_what_is_parked_finds_nothing_mapped_and_adds_nothing() {
     assert_eq!(reading.join().unwrap(), (-1, Some(libc::EFAULT)));
     assert_eq!(memory.allocated(), PAGES / 2);
     assert!(!memory.data()[8]);
+}
+
+#[test]
+fn another_thread_is_told_of_what_parks_for_as_long_as_the_hold_stands() {
+    harness::need!(userfaultfd);
+    let memory = half();
+    let view = memory.map();
+    let hold = Hold::new(Uffd::open().unwrap(), &view).unwrap();
+    let faults = hold.faults().unwrap();
+    thread::scope(|scope| {
+        let told = scope.spawn(|| faults.wait(SOON).unwrap());
+        scope.spawn(|| view.write(4, 99));
+        assert_eq!(told.join().unwrap(), Some(4 * PAGE));
+        assert_eq!(faults.wait(SHORTLY).unwrap(), None, "told once");
+        // What still tells of faults keeps nobody from going on.
+        drop(hold);
+    });
+    assert_eq!(view.read(4), 99);
+    assert_eq!(view.read(6), 0);
+    assert_eq!(faults.wait(Duration::ZERO).unwrap(), None);
+}
+
+#[test]
+fn a_userfaultfd_has_a_number_above_those_of_other_files() {
+    harness::need!(userfaultfd);
+    let uffd = Uffd::open().unwrap();
+    let other = std::fs::File::open("/dev/null").unwrap();
+    let (number, limit) = (uffd.as_fd().as_raw_fd(), getrlimit(Resource::Nofile).current);
+    let high = [4096, 512].into_iter().find(|high| limit.is_none_or(|limit| limit > *high));
+    assert!(high.is_none_or(|high| u64::try_from(number).unwrap() >= high), "{number} of {limit:?}");
+    assert!(number > other.as_raw_fd());
+    assert_eq!(fcntl_getfd(&uffd), Ok(FdFlags::CLOEXEC));
 }
 
 #[test]
