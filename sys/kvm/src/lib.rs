@@ -60,7 +60,7 @@ pub use guest_memfd::{GuestMemfdError, GuestMemfdFlags};
 pub use kick::{KickError, Kicker, SignalError, kick_signal};
 pub use slots::{Binding, HostMemory, MemorySlots, SlotError, SlotFlags, SlotHandle, SlotRange};
 pub use state::{Fault, StateError, VcpuGroup, VmGroup};
-pub use vcpu::{RunError, Stopped, Vcpu, VcpuError};
+pub use vcpu::{MemoryFault, RunError, Stopped, Vcpu, VcpuError};
 pub use vcpu_state::{LoadError, Loader, PrepareError, SaveError, Saver, VcpuState};
 pub use vm::{Irqchip, Vm, VmBuilder, VmError};
 pub use vm_state::{VmLoadError, VmSaveError, VmState};

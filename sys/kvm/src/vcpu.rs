@@ -12,10 +12,12 @@
 //! caller's closure ends the run, one more `KVM_RUN` is made that returns before the guest goes on; it
 //! costs a few microseconds.
 
+use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use crate::capabilities::Capabilities;
@@ -63,6 +65,10 @@ pub enum RunError {
     /// A state was loaded but [`Loader::finish`](crate::Loader::finish) was not called, or failed.
     #[error("the vCPU's state is loaded only in part")]
     PartlyLoaded,
+    /// KVM cannot give the guest the memory that it reached for, and says which. The vCPU stands before the access: it can
+    /// be saved, and run again once that memory can be had.
+    #[error("KVM_RUN failed: {0}")]
+    Memory(MemoryFault),
     /// `KVM_RUN` failed, with anything but the EINTR and EAGAIN that are part of its normal course.
     #[error("KVM_RUN failed; the exit reason in the kvm_run page is {exit_reason}")]
     Kvm {
@@ -80,7 +86,44 @@ impl RunError {
     pub fn errno(&self) -> Option<i32> {
         match self {
             Self::PartlyLoaded => None,
+            Self::Memory(fault) if fault.poisoned => Some(libc::EHWPOISON),
+            Self::Memory(_) => Some(libc::EFAULT),
             Self::Kvm { source, .. } => Some(source.errno()),
+        }
+    }
+}
+
+/// Guest memory that KVM cannot give its guest (`KVM_EXIT_MEMORY_FAULT`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryFault {
+    /// Guest physical address of the first byte.
+    pub guest_address: u64,
+    /// How many bytes, from there on.
+    pub len_bytes: u64,
+    /// The guest reached for it as its private memory, which the host does not see.
+    pub private: bool,
+    /// All flags, as KVM numbers them.
+    pub flags: u64,
+    /// The host's memory is broken there (EHWPOISON); else it is not to be had (EFAULT).
+    pub poisoned: bool,
+}
+
+impl MemoryFault {
+    fn new(flags: u64, guest_address: u64, len_bytes: u64, errno: i32) -> Self {
+        let private = flags & u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) != 0;
+        Self { guest_address, len_bytes, private, flags, poisoned: errno == libc::EHWPOISON }
+    }
+}
+
+impl fmt::Display for MemoryFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.private { "private" } else { "shared" };
+        let why = if self.poisoned { "broken" } else { "not to be had" };
+        let Self { guest_address, len_bytes, .. } = self;
+        write!(f, "the {len_bytes:#x} bytes of {kind} guest memory at {guest_address:#x} are {why}")?;
+        match self.flags & !u64::from(KVM_MEMORY_EXIT_FLAG_PRIVATE) {
+            0 => Ok(()),
+            others => write!(f, " (further flags {others:#x})"),
         }
     }
 }
@@ -260,6 +303,11 @@ impl Vcpu {
     ) -> Result<Entry<B>, RunError> {
         match self.fd.run() {
             Ok(VcpuExit::Intr) => Ok(Entry::Again),
+            Ok(VcpuExit::MemoryFault { flags, gpa, size }) => {
+                // This exit comes with an error, which is this thread's last: nothing was called in between.
+                let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EFAULT);
+                Err(RunError::Memory(MemoryFault::new(flags, gpa, size, errno)))
+            }
             Ok(exit) => Ok(Entry::Exited(on_exit(exit))),
             Err(error) if error.errno() == libc::EINTR => Ok(Entry::Interrupted),
             // A vCPU that waited to be started was woken; KVM wants to be called again.
@@ -293,6 +341,25 @@ mod tests {
 
     use super::*;
     use crate::vm::VmBuilder;
+
+    /// G5.6.2.
+    #[test]
+    fn a_memory_fault_says_which_memory_and_why() {
+        let fault = MemoryFault::new(8, 0x1_2345_6000, 0x1000, libc::EFAULT);
+        assert!(fault.private && !fault.poisoned);
+        assert_eq!(
+            RunError::Memory(fault).to_string(),
+            "KVM_RUN failed: the 0x1000 bytes of private guest memory at 0x123456000 are not to be had"
+        );
+        assert_eq!(RunError::Memory(fault).errno(), Some(libc::EFAULT));
+        let fault = MemoryFault::new(0x10, 0, 0x20_0000, libc::EHWPOISON);
+        assert!(!fault.private && fault.poisoned);
+        assert_eq!(
+            fault.to_string(),
+            "the 0x200000 bytes of shared guest memory at 0x0 are broken (further flags 0x10)"
+        );
+        assert_eq!(RunError::Memory(fault).errno(), Some(libc::EHWPOISON));
+    }
 
     /// G5.6.1.
     #[test]

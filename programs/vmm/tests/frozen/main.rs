@@ -4,5 +4,6 @@
 
 mod ended;
 mod rig;
+mod taken;
 mod unheld;
 mod waits;

@@ -185,10 +185,21 @@ impl Guest {
 
     /// The same in this VM.
     pub(crate) fn in_vm(builder: VmBuilder, inode: &Arc<Inode>, shape: Shape) -> Self {
+        Self::with(builder, inode, MEMORY_BYTES, shape, |_| {})
+    }
+
+    /// The same with so many bytes of the memory; what comes behind them, `rest` gives it.
+    pub(crate) fn with(
+        builder: VmBuilder,
+        inode: &Arc<Inode>,
+        len_bytes: u64,
+        shape: Shape,
+        rest: impl FnOnce(&mut MemorySlots<Arc<Mapping>>),
+    ) -> Self {
         let mut slots = builder.memory_slots();
         let file = GmemFile::open(Arc::clone(inode), OURS, builder.fd()).unwrap();
-        let whole = Binding { slot: 0, guest_address: 0, offset_bytes: 0, len_bytes: MEMORY_BYTES };
-        file.bind(&mut slots, whole).unwrap();
+        file.bind(&mut slots, Binding { slot: 0, guest_address: 0, offset_bytes: 0, len_bytes }).unwrap();
+        rest(&mut slots);
         let vm = builder.finish(shape.irqchip).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
         Cpuid::supported(&Kvm::new().unwrap()).unwrap().load(&vcpu).unwrap();
@@ -224,6 +235,16 @@ impl Guest {
         let (vcpu, ran) = thread.join().unwrap();
         assert_eq!(ran.unwrap(), Stopped::Kicked);
         self.vcpu = Some(vcpu);
+    }
+
+    /// Waits until the vCPU comes out by itself.
+    #[track_caller]
+    pub(crate) fn failed(&mut self) -> RunError {
+        let thread = self.thread.take().unwrap();
+        soon("the vCPU comes out", || thread.is_finished());
+        let (vcpu, ran) = thread.join().unwrap();
+        self.vcpu = Some(vcpu);
+        ran.unwrap_err()
     }
 
     pub(crate) fn vcpu(&self) -> &Vcpu {
