@@ -157,6 +157,7 @@ mod tests {
         assert_eq!([51, 52, 102, 103].map(blocks::<Entry>), [1, 2, 2, 3]);
     }
 
+    /// H3.9.4.
     #[test]
     fn broken_chains_are_refused_by_field() {
         let whole = chain(&[[7; 80]; 60]);

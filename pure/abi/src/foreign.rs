@@ -19,7 +19,7 @@ use crate::memory::Memory;
 use crate::memory::Place;
 use crate::memory::Problem;
 use crate::record::Format;
-use crate::record::take;
+use crate::record::whole;
 use crate::text::Text;
 use crate::vm::Identity;
 
@@ -119,11 +119,12 @@ impl FdRecord {
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
         let place = Place::new(FORMAT.compatible, address);
         let (_, payload) = FORMAT.read(memory, address)?;
-        let (fd, _) = take::<Payload>(place, "payload", &payload)?;
+        let fd: &Payload = whole(place, &payload)?;
         let name = FdName::read(&fd.name).ok_or_else(|| place.bad("name", Problem::NotTerminated))?;
         let found = fd.kind.get();
         let kind = FdKind::ALL.into_iter().find(|kind| kind.code() == found);
         let kind = kind.ok_or_else(|| place.bad("kind", Problem::Unknown { found: found.into() }))?;
+        place.expect("reserved", fd.reserved.get().into(), 0)?;
         Ok(Self { identity: Identity::new(fd.identity), name, kind, index: fd.index.get() })
     }
 }

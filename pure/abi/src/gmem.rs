@@ -126,6 +126,7 @@ impl GmemRecord {
         let place = Place::new(FORMAT.compatible, address);
         let (_, payload) = FORMAT.read(memory, address)?;
         let (head, rest) = take::<Payload>(place, "payload", &payload)?;
+        place.expect("reserved", head.reserved.get(), 0)?;
         let size_bytes = place.page_address("size_bytes", head.size_bytes.get())?;
         let flags = head.flags.get();
         if flags & !KNOWN_FLAGS != 0 {

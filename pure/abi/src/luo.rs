@@ -273,6 +273,7 @@ mod tests {
         assert_eq!(luo.pages, [4096, 2 * 4096, 3 * 4096, 4 * 4096]);
     }
 
+    /// H3.9.4.
     #[test]
     fn sessions_that_share_a_chain_of_files_are_refused() {
         let session = Session { name: SessionName::literal("vm-a"), files: vec![file(1), file(2)] };

@@ -110,6 +110,7 @@ impl Format {
         if stored != computed {
             return Err(place.bad("checksum", Problem::Checksum { stored, computed }));
         }
+        place.expect("reserved", header.reserved.get().into(), 0)?;
         Ok((version, payload))
     }
 
@@ -126,6 +127,19 @@ pub(crate) fn take<'a, T: FromBytes + KnownLayout + Immutable + Unaligned>(
     payload: &'a [u8],
 ) -> Result<(&'a T, &'a [u8]), Malformed> {
     T::ref_from_prefix(payload).map_err(|_| place.bad(field, Problem::Truncated))
+}
+
+/// A payload that is one wire structure. What a later writer of the same version adds behind it may be zero and nothing
+/// else: it would say what this reader does not know.
+pub(crate) fn whole<T: FromBytes + KnownLayout + Immutable + Unaligned>(
+    place: Place,
+    payload: &[u8],
+) -> Result<&T, Malformed> {
+    let (whole, rest) = take::<T>(place, "payload", payload)?;
+    match rest.iter().find(|byte| **byte != 0) {
+        Some(found) => Err(place.bad("payload, behind its end", Problem::Unknown { found: (*found).into() })),
+        None => Ok(whole),
+    }
 }
 
 /// The rest of a payload as exactly `count` structures.

@@ -198,6 +198,7 @@ pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<RegionTable
     let place = Place::new(FORMAT.compatible, address);
     let (version, payload) = FORMAT.read(memory, address)?;
     let (head, rest) = take::<Head>(place, "payload", &payload)?;
+    place.expect("reserved", head.reserved.get(), 0)?;
     let entries = if version == V1.version {
         let list = take_list::<EntrySer>(place, "count", head.count.get(), rest)?;
         list.iter()
@@ -206,6 +207,7 @@ pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<RegionTable
     } else {
         let list = take_list::<EntrySer2>(place, "count", head.count.get(), rest)?;
         let read = |entry: &EntrySer2| {
+            place.expect("reserved", entry.reserved.get().into(), 0)?;
             let policy = Policy::read(place, entry.policy.get(), entry.nodes)?;
             read_entry(place, version, &entry.first, policy)
         };
@@ -226,6 +228,7 @@ fn read_entry(
     entry: &EntrySer,
     policy: Policy,
 ) -> Result<RegionEntry, Malformed> {
+    place.expect("reserved", entry.reserved.get().into(), 0)?;
     let found = entry.size_bytes.get();
     let range = PageRange::of_bytes(entry.base.get(), found).ok().filter(|range| !range.is_empty());
     let range = range.ok_or_else(|| place.bad("size_bytes", Problem::Misaligned { found }))?;
@@ -292,6 +295,7 @@ mod tests {
         assert_eq!(field(&[RegionEntry { page_bytes: 5000, ..entry(0, 0x1000) }]), "page_bytes");
     }
 
+    /// L2.4.10.
     #[test]
     fn a_table_of_plain_memfds_is_what_version_1_wrote() {
         let entries = [entry(0, 0x10000), RegionEntry { page_bytes: 2 << 20, ..entry(1 << 30, 2 << 20) }];

@@ -21,7 +21,7 @@ use crate::memory::Place;
 use crate::memory::Problem;
 use crate::record::Format;
 use crate::record::checksum;
-use crate::record::take;
+use crate::record::whole;
 use crate::text::Text;
 use crate::vm::Identity;
 use crate::vmalloc::Descriptor;
@@ -91,7 +91,7 @@ impl StateRecord {
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
         let place = Place::new(FORMAT.compatible, address);
         let (_, payload) = FORMAT.read(memory, address)?;
-        let (state, _) = take::<Payload>(place, "payload", &payload)?;
+        let state: &Payload = whole(place, &payload)?;
         let found = state.len_bytes.get();
         if found > MAX_STATE_BYTES {
             return Err(place.bad("len_bytes", Problem::TooLarge { found, limit: MAX_STATE_BYTES }));

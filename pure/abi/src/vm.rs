@@ -17,7 +17,7 @@ use crate::memory::Malformed;
 use crate::memory::Memory;
 use crate::memory::Place;
 use crate::record::Format;
-use crate::record::take;
+use crate::record::whole;
 
 /// The format.
 pub const FORMAT: Format =
@@ -87,7 +87,7 @@ impl VmRecord {
     /// [`Malformed`] if it is none.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
         let (_, payload) = FORMAT.read(memory, address)?;
-        let (vm, _) = take::<Payload>(Place::new(FORMAT.compatible, address), "payload", &payload)?;
+        let vm: &Payload = whole(Place::new(FORMAT.compatible, address), &payload)?;
         Ok(Self { identity: Identity::new(vm.identity), vm_type: vm.vm_type.get(), vcpus: vm.vcpus.get() })
     }
 }
