@@ -128,12 +128,12 @@ pub enum PreserveError {
         /// The frames.
         range: PageRange,
     },
-    /// They were not preserved as this run.
+    /// Not all of them are preserved, or a block of them reaches beyond.
     #[error("{block:?} of {range:?} is not preserved")]
     NotPreserved {
         /// The frames.
         range: PageRange,
-        /// The first block of them that is not.
+        /// The first frame that is not, or that such a block begins at.
         block: PageRange,
     },
 }
@@ -547,23 +547,38 @@ impl Kho {
         Ok(())
     }
 
-    /// Takes the mark off frames that were preserved as this run.
+    /// Takes the mark off frames that are preserved. It goes block by block as they are marked, so that it does not
+    /// matter how the run was cut when that was done.
     ///
     /// # Errors
-    /// [`PreserveError::NotPreserved`] if they were not; then nothing changed.
+    /// [`PreserveError::NotPreserved`] if not all of them are, or a block reaches beyond; then nothing changed.
     pub fn unpreserve(&mut self, range: PageRange) -> Result<(), PreserveError> {
-        let keys: Vec<Key> = range.blocks().map(|(pfn, order)| Key::of(pfn, order)).collect();
-        let missing = keys.iter().find(|key| self.blocks.get(&key.range().start().get()) != Some(key));
-        if let Some(key) = missing {
-            return Err(PreserveError::NotPreserved { range, block: key.range() });
-        }
+        let keys = self.marked(range).map_err(|block| PreserveError::NotPreserved { range, block })?;
         keys.into_iter().for_each(|key| self.unmark(key));
         Ok(())
     }
 
-    /// True if every frame of the run is preserved.
+    /// True if every frame of the run is preserved, in blocks that do not reach beyond.
     pub fn is_preserved(&self, range: PageRange) -> bool {
-        range.blocks().all(|(pfn, order)| self.blocks.get(&pfn.get()) == Some(&Key::of(pfn, order)))
+        self.marked(range).is_ok()
+    }
+
+    /// The blocks that a run is marked in, or the first frame where there is none, or none that ends within it.
+    fn marked(&self, range: PageRange) -> Result<Vec<Key>, PageRange> {
+        let mut keys = Vec::new();
+        let mut next = range.start();
+        for (start, key) in self.blocks.range(range.start().get()..range.end()) {
+            if *start != next.get() || key.range().end() > range.end() {
+                return Err(PageRange::page(next));
+            }
+            keys.push(*key);
+            match Pfn::new(key.range().end()) {
+                Ok(end) => next = end,
+                // The end of all memory.
+                Err(_) => return Ok(keys),
+            }
+        }
+        if next.get() == range.end() { Ok(keys) } else { Err(PageRange::page(next)) }
     }
 
     fn overlapping(&self, range: PageRange) -> Option<PageRange> {

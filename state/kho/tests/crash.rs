@@ -360,3 +360,29 @@ fn a_gib_of_guest_memory_costs_one_key_and_seven_nodes() {
     assert_eq!(kho.used_bytes() - empty, 5 * 4096);
     assert_eq!(content(&memory.snapshot()).0.len(), 1);
 }
+
+/// A kernel restores a run in pieces that it works out anew, without the bounds between NUMA nodes that they were cut at, and
+/// steps by these: it can lose pages.
+#[test]
+fn a_run_that_was_cut_otherwise_is_given_up_block_by_block_and_loses_no_page() {
+    let (memory, mut kho) = formatted();
+    let run = |start: u64, count: u64| PageRange::new(pages::Pfn::new(start).unwrap(), count).unwrap();
+    // As if a node ended at page 0x10007, in the midst of what would be a block of four.
+    let (near, far, whole) = (run(0x10003, 4), run(0x10007, 6), run(0x10003, 10));
+    kho.preserve(near).unwrap();
+    kho.preserve(far).unwrap();
+    kho.commit().unwrap();
+    let cut: Vec<PageRange> = content(&memory.snapshot()).0;
+    assert_ne!(
+        cut,
+        whole.blocks().map(|(pfn, order)| PageRange::block(pfn, order).unwrap()).collect::<Vec<_>>()
+    );
+    let mut kho = Kho::attach(Box::new(memory.clone())).unwrap();
+    assert!([near, far, whole].into_iter().all(|run| kho.is_preserved(run)));
+    for wrong in [run(0x10002, 11), run(0x10003, 11), run(0x10003, 8), run(0x10005, 2), run(0x10009, 3)] {
+        assert!(!kho.is_preserved(wrong) && kho.unpreserve(wrong).is_err(), "{wrong:?}");
+    }
+    kho.unpreserve(whole).unwrap();
+    kho.commit().unwrap();
+    assert_eq!(content(&memory.snapshot()).0, []);
+}
