@@ -229,6 +229,7 @@ mod tests {
         assert_eq!(bytes(&Message::Running { steps }), r#"{"message":"running","steps":[["running",5]]}"#);
     }
 
+    /// L2.4.1, L2.4.4.
     #[test]
     fn what_is_not_due_is_refused() {
         assert_eq!(exchange(br#"{"message":"accept"}"#).unwrap(), Message::Accept);

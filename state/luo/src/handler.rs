@@ -25,6 +25,7 @@ pub enum Errno {
     EPERM,
     ENOENT,
     EIO,
+    EAGAIN,
     ENOMEM,
     EBUSY,
     EEXIST,
@@ -36,7 +37,8 @@ pub enum Errno {
 
 /// A callback refused: the kernel's error number, and why.
 ///
-/// It can be kept and given again: an error of `retrieve` is sticky.
+/// It can be kept and given again: an error of `retrieve` is sticky, but for [`Errno::EAGAIN`], which says that the handler
+/// is to be asked again.
 #[derive(Debug, Clone)]
 pub struct HandlerError {
     errno: Errno,
@@ -52,6 +54,11 @@ impl HandlerError {
     /// The error number.
     pub fn errno(&self) -> Errno {
         self.errno
+    }
+
+    /// True if the same call may succeed later.
+    pub(crate) fn is_for_now(&self) -> bool {
+        self.errno == Errno::EAGAIN
     }
 }
 
@@ -145,7 +152,8 @@ pub trait Handler: Send + Sync {
     /// Makes the file again.
     ///
     /// # Errors
-    /// [`HandlerError`], which is then given for every later try. What was kept must stay until `finish`.
+    /// [`HandlerError`], which is then given for every later try, unless it is [`Errno::EAGAIN`]. What was kept must stay
+    /// until `finish`; with [`Errno::EAGAIN`] nothing else may stay behind.
     fn retrieve(&self, context: &mut Context<'_>, data: u64) -> Result<File, HandlerError>;
 
     /// May the session be finished as far as this file goes? `file` is `None` if it was not retrieved.

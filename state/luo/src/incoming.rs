@@ -38,7 +38,7 @@ pub enum RetrieveError {
         /// The token.
         token: Token,
     },
-    /// The handler refused, now or at the first try: it is not asked again.
+    /// The handler refused, now or before: it is not asked again, unless it said EAGAIN.
     #[error("cannot retrieve {token:?} of session {session} ({compatible})")]
     Handler {
         /// The session.
@@ -179,7 +179,8 @@ impl Luo {
         self.incoming.get(&name).into_iter().flat_map(|session| session.files.iter().map(|file| file.token))
     }
 
-    /// Makes a received file again. A second call gives the same file, or the same error.
+    /// Makes a received file again. A second call gives the same file, or the same error; only a handler that refused with
+    /// EAGAIN is asked again.
     ///
     /// # Errors
     /// [`RetrieveError`]
@@ -208,7 +209,9 @@ impl Luo {
                 Ok(made)
             }
             Err(error) => {
-                file.state = Retrieved::Failed(error.clone());
+                if !error.is_for_now() {
+                    file.state = Retrieved::Failed(error.clone());
+                }
                 Err(failed(error))
             }
         }

@@ -79,3 +79,55 @@ impl<K: Eq + Hash, V> FromIterator<(K, V)> for Ordered<K, V> {
         ordered
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::hash::Hasher;
+
+    use super::*;
+
+    thread_local! {
+        static COMPARED: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// Counts how often it is compared.
+    #[derive(Debug, Clone, Copy)]
+    struct Counted(u64);
+
+    impl PartialEq for Counted {
+        fn eq(&self, other: &Self) -> bool {
+            COMPARED.set(COMPARED.get() + 1);
+            self.0 == other.0
+        }
+    }
+
+    impl Eq for Counted {}
+
+    impl Hash for Counted {
+        fn hash<H: Hasher>(&self, hasher: &mut H) {
+            self.0.hash(hasher);
+        }
+    }
+
+    /// Comparisons for each key, to add and to find, among as many.
+    fn comparisons(keys: u64) -> f64 {
+        COMPARED.set(0);
+        let mut ordered: Ordered<Counted, u64> = (0..keys).map(|key| (Counted(key), key)).collect();
+        for key in 0..keys {
+            assert_eq!(ordered.get(&Counted(key)), Some(&key));
+            assert!(!ordered.contains(&Counted(key + keys)));
+            *ordered.get_mut(&Counted(key)).unwrap() += 1;
+        }
+        (0..keys / 2).for_each(|key| assert_eq!(ordered.remove(&Counted(key)), Some(key + 1)));
+        assert!(ordered.iter().copied().eq(keys / 2 + 1..=keys), "in the order of their adding");
+        f64::from(u32::try_from(COMPARED.get()).unwrap()) / f64::from(u32::try_from(keys).unwrap())
+    }
+
+    /// H3.10.1.
+    #[test]
+    fn to_find_a_key_takes_no_more_comparisons_among_many() {
+        let [few, many] = [100, 100_000].map(comparisons);
+        assert!((1.0..6.0).contains(&few) && (1.0..6.0).contains(&many), "{few} and {many} for each key");
+    }
+}

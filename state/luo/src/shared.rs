@@ -48,7 +48,8 @@ pub trait SharedObject: Send + Sync {
     /// Makes again what an earlier life preserved.
     ///
     /// # Errors
-    /// [`HandlerError`], which is then given for every later try. What was kept must stay until `finish`.
+    /// [`HandlerError`], which is then given for every later try, unless it is [`Errno::EAGAIN`]. What was kept must stay
+    /// until `finish`.
     fn retrieve(&self, kho: &mut Kho, data: u64) -> Result<Object, HandlerError>;
 
     /// The last file that was received and needs it is finished. `object` is `None` only if it could not be retrieved:
@@ -124,7 +125,7 @@ pub enum SharedError {
         /// The name.
         object: Compatible,
     },
-    /// It refused, now or at the first try: it is not asked again.
+    /// It refused, now or before: it is not asked again, unless it said EAGAIN.
     #[error("cannot retrieve shared object {object}")]
     Refused {
         /// The name.
@@ -267,18 +268,18 @@ impl Slot {
 
 impl Received {
     fn retrieve(&mut self, kind: &dyn SharedObject, kho: &mut Kho) -> Result<Object, HandlerError> {
-        if matches!(self.state, Retrieved::NotTried) {
-            self.state = match kind.retrieve(kho, self.data) {
-                Ok(object) => Retrieved::Object(object),
-                Err(error) => Retrieved::Failed(error),
-            };
-        }
         match &self.state {
-            Retrieved::Object(object) => Ok(Arc::clone(object)),
-            Retrieved::Failed(error) => Err(error.clone()),
-            // A try leaves one of the two above.
-            Retrieved::NotTried => Err(HandlerError::new(Errno::EIO, "not tried")),
+            Retrieved::Object(object) => return Ok(Arc::clone(object)),
+            Retrieved::Failed(error) => return Err(error.clone()),
+            Retrieved::NotTried => {}
         }
+        let result = kind.retrieve(kho, self.data);
+        match &result {
+            Ok(object) => self.state = Retrieved::Object(Arc::clone(object)),
+            Err(error) if error.is_for_now() => {}
+            Err(error) => self.state = Retrieved::Failed(error.clone()),
+        }
+        result
     }
 }
 

@@ -183,7 +183,7 @@ fn killed_once_the_memory_is_frozen_it_leaves_the_memory() {
     assert_left_running(Doomed::start("killed_once_the_memory_is_frozen_it_leaves_the_memory").kill());
 }
 
-/// L2.7.2.
+/// L2.6.1, L2.7.2.
 #[test]
 fn killed_once_the_machine_is_sealed_it_leaves_all_of_it() {
     if is_predecessor() {

@@ -3,14 +3,22 @@
 use std::sync::Arc;
 use std::sync::Mutex;
 
+use kho::CommitError;
+use kho::Kho;
 use tideover_luo::Compatible;
 use tideover_luo::Context;
 use tideover_luo::File;
 use tideover_luo::FileId;
+use tideover_luo::FinishError;
+use tideover_luo::Finished;
 use tideover_luo::Handler;
 use tideover_luo::HandlerError;
 use tideover_luo::Handlers;
 use tideover_luo::Luo;
+use tideover_luo::PreserveError;
+use tideover_luo::PublishError;
+use tideover_luo::RetrieveError;
+use tideover_luo::SessionError;
 use tideover_luo::SessionName;
 use tideover_luo::Token;
 
@@ -137,4 +145,40 @@ fn every_callback_is_told_the_session() {
         luo.finish(&mut kho, session).unwrap();
     }
     assert_eq!(seen(), [("retrieve", b), ("finish", b), ("retrieve", a), ("finish", a)]);
+}
+
+/// The callbacks of a trait, as they stand in its source.
+fn callbacks(source: &str, name: &str) -> Vec<String> {
+    let (_, rest) = source.split_once(&format!("pub trait {name}")).unwrap();
+    let (body, _) = rest.split_once("\n}").unwrap();
+    let items =
+        body.lines().map(str::trim).filter(|line| !line.starts_with("//")).collect::<Vec<_>>().join(" ");
+    items.split("fn ").skip(1).map(str::to_owned).collect()
+}
+
+/// H3.1.1, H3.8.7. What a kernel refuses when it is registered does not compile.
+#[test]
+fn no_callback_has_a_default_that_one_could_forget_to_write() {
+    let handler = callbacks(include_str!("../../src/handler.rs"), "Handler");
+    let shared = callbacks(include_str!("../../src/shared.rs"), "SharedObject");
+    assert_eq!((handler.len(), shared.len()), (10, 5), "{handler:?} {shared:?}");
+    for callback in handler.iter().chain(&shared) {
+        assert!(callback.trim_end().ends_with(';') && !callback.contains('{'), "{callback}");
+    }
+}
+
+/// H3.7.1, L2.4.8. If one of these could be called by two at once, this would not compile.
+#[test]
+fn who_changes_anything_has_sessions_and_arena_to_himself() {
+    let _: fn(&mut Luo, SessionName) -> Result<(), SessionError> = Luo::create_session;
+    let _: fn(&mut Luo, &mut Kho, SessionName, Token, File) -> Result<(), PreserveError> = Luo::preserve;
+    let _: fn(&mut Luo, &mut Kho, SessionName) -> Result<(), SessionError> = Luo::drop_session;
+    let _: fn(&mut Luo, &mut Kho) -> Result<(), PreserveError> = Luo::freeze;
+    let _: fn(&mut Luo, &mut Kho) = Luo::unfreeze;
+    let _: fn(&mut Luo, &mut Kho) -> Result<(), PublishError> = Luo::publish;
+    let _: fn(&mut Luo, &mut Kho, SessionName, Token) -> Result<File, RetrieveError> = Luo::retrieve;
+    let _: fn(&mut Luo, &mut Kho, SessionName) -> Result<Finished, FinishError> = Luo::finish;
+    let _: fn(&mut Kho) -> Result<(), CommitError> = Kho::commit;
+    fn goes_to_another_thread_whole<T: Send>() {}
+    goes_to_another_thread_whole::<(Luo, Kho)>();
 }

@@ -146,6 +146,22 @@ fn any_number_of_sessions_is_listed_without_an_empty_block() {
     }
 }
 
+/// H3.4.8. A kernel makes room for a session before it looks for its name, and panics at the next boot.
+#[test]
+fn a_name_that_is_taken_leaves_no_empty_block_behind_however_full_the_last_one_is() {
+    for count in [50, 51, 52, 101, 102, 103] {
+        let mut life = Life::first();
+        (0..count).for_each(|number| life.create(&format!("session {number}")));
+        life.publish();
+        let used = life.kho.used_bytes();
+        let error = life.luo.create_session(name("session 7")).unwrap_err();
+        assert_eq!(error.errno(), Errno::EEXIST);
+        life.publish();
+        assert_eq!(life.kho.used_bytes(), used, "{count} sessions");
+        assert_eq!(life.then().incoming().len(), count, "the next life begins");
+    }
+}
+
 /// H3.4.2.
 #[test]
 fn no_session_is_the_address_0() {

@@ -71,6 +71,8 @@ struct Lines {
     log: Vec<String>,
     /// Verb, and how many calls of it until the one that refuses.
     refusals: Vec<(&'static str, usize)>,
+    /// What refusals say, if not EOPNOTSUPP.
+    errno: Option<Errno>,
 }
 
 /// What was called, and what will refuse.
@@ -81,6 +83,11 @@ impl Script {
     /// Makes the `nth` call of a verb from now on refuse; the next one is 1.
     pub(crate) fn refuse(&self, verb: &'static str, nth: usize) {
         self.0.lock().unwrap().refusals.push((verb, nth));
+    }
+
+    /// Makes all refusals from now on give this error.
+    pub(crate) fn refuse_with(&self, errno: Errno) {
+        self.0.lock().unwrap().errno = Some(errno);
     }
 
     /// Forgets refusals that did not happen.
@@ -110,7 +117,10 @@ impl Script {
 
     pub(crate) fn refused(&self, verb: &'static str, number: u64) -> Result<(), HandlerError> {
         match self.call(verb, number) {
-            true => Err(HandlerError::new(Errno::EOPNOTSUPP, "told to refuse")),
+            true => {
+                let errno = self.0.lock().unwrap().errno.unwrap_or(Errno::EOPNOTSUPP);
+                Err(HandlerError::new(errno, "told to refuse"))
+            }
             false => Ok(()),
         }
     }

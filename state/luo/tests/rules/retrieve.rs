@@ -36,6 +36,25 @@ fn an_error_is_sticky_and_the_handler_is_asked_once() {
     assert_eq!(Thing::of(&life.then().retrieve("a", 2).unwrap()).number, 2);
 }
 
+/// O1.13, L2.5.18. The series has a handler say EAGAIN whose VM is not retrieved yet, and a kernel keeps that for ever.
+#[test]
+fn a_handler_that_says_try_again_is_asked_again() {
+    let mut life = received();
+    life.script.refuse_with(Errno::EAGAIN);
+    (1..=2).for_each(|nth| life.script.refuse("retrieve", nth));
+    for _ in 0..2 {
+        assert_eq!(life.retrieve("a", 2).unwrap_err().errno(), Errno::EAGAIN);
+    }
+    assert_eq!(Thing::of(&life.retrieve("a", 2).unwrap()).number, 2);
+    assert_eq!(life.script.calls(), ["retrieve 2"; 3]);
+    life.script.refuse("retrieve", 1);
+    life.retrieve("a", 3).unwrap_err();
+    assert!(
+        life.finish("a").unwrap().unclaimed.contains(&Token(3)),
+        "who never asked again is finished all the same"
+    );
+}
+
 /// L2.5.19.
 #[test]
 fn a_second_call_gives_the_same_file() {

@@ -318,6 +318,21 @@ fn an_object_that_cannot_be_retrieved_stays_so_and_is_destroyed_with_the_last_fi
     assert_eq!(life.kho.used_bytes(), used, "a kernel would not finish it, and keep its memory");
 }
 
+/// H3.8.4.
+#[test]
+fn an_object_that_says_try_again_is_asked_again() {
+    let mut life = first();
+    life.create("a");
+    life.preserve("a", 1, &bare(1)).unwrap();
+    life.publish();
+    let mut life = next(life);
+    life.script.refuse_with(Errno::EAGAIN);
+    life.script.refuse("retrieve", 1);
+    assert_eq!(life.luo.retrieve_shared(&mut life.kho, &C).unwrap_err().errno(), Errno::EAGAIN);
+    assert_eq!(number(&life.luo.retrieve_shared(&mut life.kho, &C).unwrap()), 300);
+    assert_eq!(life.script.calls(), ["retrieve 300"; 2]);
+}
+
 /// H3.8.5, H3.6.2.
 #[test]
 fn the_last_file_that_needs_it_finishes_an_object_once() {

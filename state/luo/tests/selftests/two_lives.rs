@@ -17,7 +17,7 @@ fn check(life: &mut Life) {
     assert_eq!(life.text("state", 0), "2");
 }
 
-/// `luo_kexec_simple`. L2.5.20.
+/// `luo_kexec_simple`. L2.7.8, L2.5.20.
 #[test]
 fn a_memfd_arrives_with_its_text() {
     let first: fn(&mut Life) = |life| {
