@@ -261,3 +261,32 @@ fn ten_thousand_preserved_and_unpreserved_files_leave_nothing() {
     let pages = |luo: &str| luo.rsplit_once("pages").unwrap().0.to_owned();
     assert_eq!(pages(&format!("{:?}", life.luo)), pages(&luo), "no session, token or object is left");
 }
+
+/// L2.7.7, H3.6.2, H3.8.5.
+#[test]
+fn a_thousand_hand_overs_leave_nothing() {
+    let mut life = first(&Fault::default());
+    life.session("even", &[1, 2]);
+    life.preserve("even", 3, &bare(3)).unwrap();
+    life.publish();
+    let used = life.kho.used_bytes();
+    for round in 1..=1000 {
+        let (old, new) = if round % 2 == 0 { ("odd", "even") } else { ("even", "odd") };
+        life.freeze().unwrap();
+        life.publish();
+        let (arena, script) = (life.arena.clone(), Script::default());
+        drop(life);
+        let mut kho = arena.attach();
+        let luo = Luo::attach(&mut kho, faulty(&script, &Fault::default())).unwrap();
+        life = Life { arena, kho, luo, script };
+        let files = [1, 2, 3].map(|token| life.retrieve(old, token).unwrap());
+        assert!(life.finish(old).unwrap().unclaimed.is_empty());
+        life.create(new);
+        for (token, file) in (1..).zip(&files) {
+            life.preserve(new, token, file).unwrap();
+        }
+        life.publish();
+        assert_eq!(life.kho.used_bytes(), used, "round {round}");
+    }
+    assert_eq!(life.luo.number(), 1001);
+}
