@@ -415,17 +415,20 @@ impl Kho {
     }
 
     /// Takes back that frames were [given back](Kho::free): they stay as if they never had been. Only for frames of the
-    /// published tree, and until the next commit; others are passed over.
-    pub fn keep(&mut self, range: PageRange) {
+    /// published tree, and until the next commit; others are passed over. True if all of them stay.
+    pub fn keep(&mut self, range: PageRange) -> bool {
         let frames = self.frames.len();
+        let mut kept = 0;
         for pfn in range.pages().take_while(|pfn| pfn.get() < frames) {
             if let Some(was_adopted) = self.leaving.remove(&pfn) {
+                kept += 1;
                 self.mark(Key::of(pfn, Order::PAGE));
                 if was_adopted {
                     self.adopted.take(pfn);
                 }
             }
         }
+        kept == range.len_pages()
     }
 
     /// Keeps `bytes` in frames of region 0 in a row, from the start of the first.

@@ -112,13 +112,12 @@ fn what_is_given_back_is_kept_after_all() {
     let before = look(&kho, &memory);
     kho.free(blob);
     assert_ne!(kho.books(), before.0);
-    kho.keep(blob);
-    kho.keep(PageRange::new(Pfn::ZERO, FRAMES).unwrap());
+    assert!(kho.keep(blob));
+    assert!(!kho.keep(PageRange::new(Pfn::ZERO, FRAMES).unwrap()));
     assert_eq!(look(&kho, &memory), before, "those that were not given back are passed over");
     kho.free(blob);
     kho.commit().unwrap();
-    kho.keep(blob);
-    assert!(!kho.is_preserved(blob), "after the commit it is too late");
+    assert!(!kho.keep(blob) && !kho.is_preserved(blob), "after the commit it is too late");
 }
 
 #[test]

@@ -311,7 +311,9 @@ impl Luo {
             self.pages = pages;
         } else {
             pages.into_iter().for_each(|range| kho.free(range));
-            self.pages.iter().for_each(|range| kho.keep(*range));
+            self.pages.iter().for_each(|range| {
+                kho.keep(*range);
+            });
             match before {
                 Some(before) => kho.set_subtree(before),
                 None => kho.remove_subtree(&SUBTREE),
