@@ -2,7 +2,7 @@
 //!
 //! A *session* is a named set of *files*; a *token* names a file in it; a [`Handler`] preserves one kind of
 //! file. An *outgoing* session is what this life hands over, an *incoming* one is what it received. What a
-//! file is here: any value that a handler knows, behind an [`Arc`].
+//! file is here: any value that a handler knows, behind an [`Arc`]. What many files need together is a [`SharedObject`].
 //!
 //! [`Luo`] keeps the rules (`docs/requirements.md`, those with L and H): the order of checks, of callbacks and of
 //! rollback, sticky retrieve errors, finish in two phases. Its state is published into an arena by
