@@ -1,9 +1,12 @@
 //! Objects that many files share.
 
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use abi::Memory;
 use kho::Kho;
+use proptest::prelude::*;
 use tideover_luo::AttachError;
 use tideover_luo::Compatible;
 use tideover_luo::Context;
@@ -13,6 +16,7 @@ use tideover_luo::FileId;
 use tideover_luo::Handler;
 use tideover_luo::HandlerError;
 use tideover_luo::Handlers;
+use tideover_luo::Hold;
 use tideover_luo::Luo;
 use tideover_luo::Object;
 use tideover_luo::PreserveError;
@@ -564,4 +568,170 @@ fn every_callback_of_a_handler_finds_the_object_that_its_file_needs() {
     assert_eq!(life.script.calls(), ["unpreserve 100", "unshare 100"]);
     let error = Context::new(&mut life.kho, name("a")).outgoing_shared(&A).unwrap_err();
     assert!(matches!(error, SharedError::Unknown { .. }), "a handler alone: {error:?}");
+}
+
+/// An operation on sessions `a` and `b`.
+#[derive(Debug, Clone)]
+enum Op {
+    Preserve { session: &'static str, bare: bool, refuse: Option<&'static str> },
+    Drop(&'static str),
+    Hold(Compatible),
+    Release,
+    Ask(Compatible),
+    Finish(&'static str),
+    Publish,
+    NextLife,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let session = || proptest::sample::select(vec!["a", "b"]);
+    let object = || proptest::sample::select(vec![A, B, C]);
+    let refuse = proptest::option::weighted(0.3, proptest::sample::select(vec!["share", "preserve"]));
+    prop_oneof![
+        6 => (session(), any::<bool>(), refuse)
+            .prop_map(|(session, bare, refuse)| Op::Preserve { session, bare, refuse }),
+        1 => session().prop_map(Op::Drop),
+        1 => object().prop_map(Op::Hold),
+        1 => Just(Op::Release),
+        1 => object().prop_map(Op::Ask),
+        2 => session().prop_map(Op::Finish),
+        4 => Just(Op::Publish),
+        2 => Just(Op::NextLife),
+    ]
+}
+
+/// What is needed, by counting: kinds of the files in each session, who holds what, and what was published.
+#[derive(Debug, Default)]
+struct Needs {
+    outgoing: BTreeMap<&'static str, Vec<bool>>,
+    incoming: BTreeMap<&'static str, Vec<bool>>,
+    /// Received, and needed by no file: only a hold of the life before kept it.
+    unneeded: BTreeSet<Compatible>,
+    holds: Vec<Hold>,
+    held: Vec<Compatible>,
+    published: (BTreeMap<&'static str, Vec<bool>>, Vec<(Compatible, u64)>),
+}
+
+fn files_that_need(sessions: &BTreeMap<&'static str, Vec<bool>>, object: Compatible) -> u64 {
+    let needs = |bare: &&bool| !**bare || object == C;
+    sessions.values().flatten().filter(needs).count() as u64
+}
+
+impl Needs {
+    fn preserved(&self, object: Compatible) -> u64 {
+        files_that_need(&self.outgoing, object)
+            + self.held.iter().filter(|held| **held == object).count() as u64
+    }
+
+    fn received(&self, object: Compatible) -> u64 {
+        files_that_need(&self.incoming, object).max(u64::from(self.unneeded.contains(&object)))
+    }
+
+    fn preserve(
+        &mut self,
+        life: &mut Life,
+        session: &'static str,
+        is_bare: bool,
+        refuse: Option<&'static str>,
+    ) {
+        let _ = life.luo.create_session(name(session));
+        let files = self.outgoing.entry(session).or_default();
+        let file = if is_bare { bare(7) } else { thing(7) };
+        if let Some(verb) = refuse {
+            life.script.refuse(verb, 1);
+        }
+        if life.preserve(session, files.len() as u64, &file).is_ok() {
+            files.push(is_bare);
+        } else {
+            assert!(refuse.is_some());
+        }
+        life.script.relent();
+    }
+
+    fn publish(&mut self, life: &mut Life) {
+        let same_name = self.outgoing.keys().any(|session| self.incoming.contains_key(session));
+        let same_object =
+            [A, C, B].into_iter().any(|name| self.preserved(name) > 0 && self.received(name) > 0);
+        let published = life.luo.publish(&mut life.kho);
+        assert_eq!(published.is_err(), same_name || same_object, "{published:?}");
+        if published.is_ok() {
+            let all = [A, C, B].map(|name| (name, self.preserved(name).max(self.received(name))));
+            let both = self.incoming.clone().into_iter().chain(self.outgoing.clone()).collect();
+            self.published = (both, all.into_iter().filter(|(_, count)| *count > 0).collect());
+        }
+    }
+
+    fn next_life(&mut self, life: Life) -> Life {
+        let (sessions, objects) = self.published.clone();
+        *self = Self { incoming: sessions, published: self.published.clone(), ..Self::default() };
+        let unneeded = objects.iter().map(|(name, _)| *name);
+        self.unneeded = unneeded.filter(|name| files_that_need(&self.incoming, *name) == 0).collect();
+        next(life)
+    }
+
+    fn finish(&mut self, life: &mut Life, session: &'static str) {
+        if life.finish(session).is_ok() && self.incoming.remove(session).is_some() {
+            self.unneeded.clear();
+        }
+    }
+
+    fn apply(&mut self, mut life: Life, op: &Op) -> Life {
+        match *op {
+            Op::Preserve { session, bare, refuse } => self.preserve(&mut life, session, bare, refuse),
+            Op::Drop(session) => {
+                let _ = life.luo.drop_session(&mut life.kho, name(session));
+                self.outgoing.remove(session);
+            }
+            Op::Hold(object) => {
+                let hold = life.luo.hold_shared(&object);
+                assert_eq!(hold.is_ok(), self.preserved(object) > 0);
+                self.held.extend(hold.is_ok().then_some(object));
+                self.holds.extend(hold);
+            }
+            Op::Release => {
+                self.held.pop();
+                self.holds.pop().into_iter().for_each(|hold| life.luo.release_shared(&mut life.kho, hold));
+            }
+            Op::Ask(object) => {
+                let found = life.luo.retrieve_shared(&mut life.kho, &object);
+                assert_eq!(found.is_ok(), self.received(object) > 0, "{found:?}");
+            }
+            Op::Finish(session) => self.finish(&mut life, session),
+            Op::Publish => self.publish(&mut life),
+            Op::NextLife => return self.next_life(life),
+        }
+        life
+    }
+
+    fn check(&self, life: &Life) {
+        let in_use = |name: &Compatible| self.preserved(*name) + self.received(*name) > 0;
+        let told = life.luo.compatibles();
+        for name in [A, B, C] {
+            assert_eq!(told.contains(&name), in_use(&name), "{name}");
+        }
+        assert_eq!(listed(life), self.published.1);
+    }
+}
+
+proptest! {
+    /// H3.8.1, H3.8.2, H3.8.3, H3.8.5, H3.8.6.
+    #[test]
+    fn an_object_is_there_as_long_as_somebody_needs_it_whatever_is_done(ops in proptest::collection::vec(op(), 1..80)) {
+        let mut life = first();
+        let empty = life.kho.used_bytes();
+        let mut needs = Needs::default();
+        for op in &ops {
+            life = needs.apply(life, op);
+            needs.check(&life);
+        }
+        for session in ["a", "b"] {
+            let _ = life.luo.drop_session(&mut life.kho, name(session));
+            needs.finish(&mut life, session);
+        }
+        needs.holds.drain(..).for_each(|hold| life.luo.release_shared(&mut life.kho, hold));
+        if needs.unneeded.is_empty() {
+            life.publish();
+            prop_assert_eq!((listed(&life), life.kho.used_bytes()), (vec![], empty));
+        }
+    }
 }
