@@ -600,19 +600,22 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// For each session, of each file whether it is a bare one.
+type Sessions = BTreeMap<&'static str, Vec<bool>>;
+
 /// What is needed, by counting: kinds of the files in each session, who holds what, and what was published.
 #[derive(Debug, Default)]
 struct Needs {
-    outgoing: BTreeMap<&'static str, Vec<bool>>,
-    incoming: BTreeMap<&'static str, Vec<bool>>,
+    outgoing: Sessions,
+    incoming: Sessions,
     /// Received, and needed by no file: only a hold of the life before kept it.
     unneeded: BTreeSet<Compatible>,
     holds: Vec<Hold>,
     held: Vec<Compatible>,
-    published: (BTreeMap<&'static str, Vec<bool>>, Vec<(Compatible, u64)>),
+    published: (Sessions, Vec<(Compatible, u64)>),
 }
 
-fn files_that_need(sessions: &BTreeMap<&'static str, Vec<bool>>, object: Compatible) -> u64 {
+fn files_that_need(sessions: &Sessions, object: Compatible) -> u64 {
     let needs = |bare: &&bool| !**bare || object == C;
     sessions.values().flatten().filter(needs).count() as u64
 }
