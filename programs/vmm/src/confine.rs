@@ -7,7 +7,7 @@
 //! - [`filter_calls`], when the guest runs: in all threads only the system calls that running, pausing, restarting and
 //!   handing over a guest take. No program is executed and no process made, so that a successor has to be started by
 //!   somebody else; no memory becomes executable; no socket is of the network; an ioctl is one of KVM's, of
-//!   userfaultfd's or of a tap's.
+//!   userfaultfd's or of a tap's, or looks for lost pages.
 //!
 //! What is left to the rights of the process's user is which files it can open: `/dev/kvm`, `/dev/userfaultfd` and the
 //! machine's directory are needed, the last two for updates.
@@ -245,6 +245,7 @@ const PR_GET_NAME: u64 = 16;
 const PR_SET_VMA: u64 = 0x5356_4d41;
 const TCGETS: u64 = 0x5401;
 const FIONBIO: u64 = 0x5421;
+const PAGEMAP_SCAN: u64 = 0xc060_6610;
 
 /// Calls that are let through if one of the conditions holds.
 const IF: &[(libc::c_long, &[Condition])] = &[
@@ -266,6 +267,8 @@ const IF: &[(libc::c_long, &[Condition])] = &[
             (1, Dword, KIND, USERFAULTFD),
             // Whether the log is a terminal.
             (1, Dword, Eq, TCGETS),
+            // Which pages of its own memory are lost, before an update.
+            (1, Dword, Eq, PAGEMAP_SCAN),
             (1, Dword, Eq, FIONBIO),
             (1, Dword, Eq, libc::TUNGETIFF),
             (1, Dword, Eq, libc::TUNGETVNETHDRSZ),

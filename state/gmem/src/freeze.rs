@@ -13,6 +13,7 @@ use region::WarmError;
 use thiserror::Error;
 use uffd::Faults;
 use uffd::Hold;
+use uffd::OpenError;
 use uffd::Parked;
 use uffd::Uffd;
 
@@ -89,6 +90,15 @@ pub enum FreezeError {
         #[source]
         source: uffd::CallError,
     },
+    /// There is a right to userfaultfd, and for the moment none to be had: too many open files, most likely.
+    #[error("cannot hold faults of guest memory {name}")]
+    Open {
+        /// The memory.
+        name: MemoryName,
+        /// Why.
+        #[source]
+        source: OpenError,
+    },
     /// There is no right to userfaultfd, and no memory for the holes.
     #[error(
         "cannot fill the holes of guest memory {name}, which without a right to userfaultfd is the way to freeze it"
@@ -110,6 +120,7 @@ impl FreezeError {
             Self::Region { source, .. } | Self::Fill { source, .. } => source.errno(),
             Self::Warm { source, .. } => source.errno(),
             Self::Userfaultfd { source, .. } => source.errno(),
+            Self::Open { source, .. } => source.errno(),
         }
     }
 }
@@ -187,10 +198,17 @@ impl Inode {
             region.fill().map_err(|source| FreezeError::Fill { name, source })?;
             return without(Held::Prefaulted);
         }
-        let Ok(uffd) = Uffd::open() else {
-            let warmed = self.mapping().warm(PageSize::Small, &mut |_, _| {});
-            warmed.map_err(|source| FreezeError::Warm { name, source })?;
-            return without(Held::Prefaulted);
+        let uffd = match Uffd::open() {
+            Ok(uffd) => uffd,
+            // What may be otherwise in a moment is no reason to fill terabytes.
+            Err(source @ OpenError::Open { .. }) => return Err(FreezeError::Open { name, source }),
+            Err(
+                OpenError::NoRight { .. } | OpenError::NotInKernel { .. } | OpenError::KernelTooOld { .. },
+            ) => {
+                let warmed = self.mapping().warm(PageSize::Small, &mut |_, _| {});
+                warmed.map_err(|source| FreezeError::Warm { name, source })?;
+                return without(Held::Prefaulted);
+            }
         };
         let failed = |source| FreezeError::Userfaultfd { name, source };
         let hold = Hold::new(uffd, Arc::clone(self.mapping())).map_err(failed)?;

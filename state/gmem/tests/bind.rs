@@ -246,3 +246,28 @@ fn a_slot_of_a_number_that_was_used_before_is_another_slot() {
     assert_eq!(other.bindings(), [binding(0, 0, 8)]);
     assert_eq!(slots.iter().count(), 1);
 }
+
+/// R4.5, R4.6.
+#[test]
+fn a_file_that_is_refused_is_in_no_list_and_every_error_gives_the_inode_back() {
+    harness::need!(kvm);
+    let inode = inode();
+    let mut slots = slots();
+    let counts = |slots: &MemorySlots<Arc<Mapping>>| {
+        (Arc::strong_count(&inode), Arc::strong_count(inode.mapping()), Arc::strong_count(slots.vm()))
+    };
+    let before = counts(&slots);
+    GmemFile::open(Arc::clone(&inode), THEIRS, slots.vm()).unwrap_err();
+    assert_eq!((inode.files(), counts(&slots)), (0, before));
+    let file = open(&inode, &slots);
+    let (inodes, mappings, vms) = before;
+    assert_eq!((inode.files(), counts(&slots)), (1, (inodes + 1, mappings, vms)), "it keeps the inode");
+    file.link(OURS, slots.vm()).unwrap_err();
+    file.link(THEIRS, slots.vm()).unwrap_err();
+    file.bind(&mut slots, binding(0, 4, 5)).unwrap_err();
+    assert_eq!((inode.files(), counts(&slots)), (1, (inodes + 1, mappings, vms)));
+    file.bind(&mut slots, binding(0, 0, 8)).unwrap();
+    drop(file);
+    drop(std::mem::replace(&mut slots, self::slots()));
+    assert_eq!((inode.files(), counts(&slots)), (0, before));
+}

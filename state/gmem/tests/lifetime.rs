@@ -4,6 +4,7 @@
 use std::fs;
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::mpsc;
@@ -143,6 +144,28 @@ fn memory_outlives_every_vm_object_of_its_machine() {
     assert_eq!(first_object(&inode).count(), Ok(6));
 }
 
+/// R4.2, G5.7.1.
+#[test]
+fn a_punch_takes_the_page_from_the_guest_of_every_file() {
+    harness::need!(kvm, guest_memfd);
+    let maker = builder();
+    let file = GuestMemfd::create(maker.fd(), 4 * MIB).unwrap();
+    let mapping = Arc::new(file.region("ram").unwrap().map().unwrap());
+    let frames = PageRange::of_bytes(1 << 30, 4 * MIB).unwrap();
+    let bound = Inode::of_guest_memfd(MemoryName::literal("ram"), OURS, mapping, frames, &file);
+    for (maker, inode) in [(maker, bound), (builder(), inode("punched"))] {
+        inode.mapping().write(CODE, &OUT_EACH_COUNT).unwrap();
+        let mut first = object_of(maker, |vm| GmemFile::open(Arc::clone(&inode), OURS, vm).unwrap());
+        let mut others = [(); 2].map(|()| object(|vm| first.file.link(OURS, vm).unwrap()));
+        assert_eq!((first.count(), others[0].count(), others[1].count()), (Ok(1), Ok(2), Ok(3)));
+        inode.punch(COUNTER, 4096).unwrap();
+        // Each of them would go on from 3, were it left with the page.
+        assert_eq!((others[1].count(), others[0].count(), first.count()), (Ok(1), Ok(2), Ok(3)));
+        inode.punch(COUNTER, 4096).unwrap();
+        assert_eq!((first.count(), others[1].count()), (Ok(1), Ok(2)));
+    }
+}
+
 /// R3.2, R3.5, O3.1.
 #[test]
 fn when_the_machine_ends_no_handle_leads_to_its_memory() {
@@ -241,21 +264,22 @@ fn a_guest_memfd_ends_with_its_machine_and_lets_its_vm_object_go() {
     let mut helper = object(|vm| bound.file.link(OURS, vm).unwrap());
     assert_eq!((bound.count(), helper.count()), (Ok(1), Ok(2)));
 
-    let files = guest_memfds();
+    let number = inode.mapping().region().file_number().unwrap();
+    assert_eq!(descriptors_of(number), 2, "the maker's and the region's");
     drop(owner);
-    assert_eq!(guest_memfds(), files - 2, "the maker's descriptor and the region's");
+    assert_eq!(descriptors_of(number), 0);
     assert!(bound.count().is_err() && helper.count().is_err());
     let refused = file.region("ram").unwrap_err();
     assert_eq!(refused.errno(), Errno::BADF);
 }
 
-/// How many descriptors of this process are of a guest_memfd of 4 MiB.
-fn guest_memfds() -> usize {
+/// How many descriptors of this process are of the guest_memfd of this inode number.
+fn descriptors_of(number: u64) -> usize {
     let fds = fs::read_dir("/proc/self/fd").unwrap().filter_map(Result::ok);
     let is = |entry: &fs::DirEntry| {
         let link = fs::read_link(entry.path()).unwrap_or_default();
-        let of_4_mib = fs::metadata(entry.path()).is_ok_and(|file| file.len() == 4 * MIB);
-        link.to_string_lossy().contains("gmem") && of_4_mib
+        let same = fs::metadata(entry.path()).is_ok_and(|file| file.ino() == number);
+        link.to_string_lossy().contains("gmem") && same
     };
     fds.filter(is).count()
 }

@@ -117,6 +117,17 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// The kernel's error number.
+    #[must_use]
+    pub const fn errno(&self) -> Errno {
+        match self {
+            Self::NoRight { cause } | Self::NotInKernel { cause } | Self::Open { cause } => *cause,
+            Self::KernelTooOld { .. } => Errno::INVAL,
+        }
+    }
+}
+
 /// A range that is not one of the mapping's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("bytes {start:#x} to {end:#x} are not a range of whole pages in a mapping of {mapping_len:#x} bytes")]

@@ -14,6 +14,7 @@ use crate::rig::machine;
 use crate::rig::offered;
 use crate::rig::spec;
 use crate::seal;
+use crate::used_bytes;
 use tideover_machine::Incoming;
 use tideover_machine::Machine;
 use tideover_machine::StateName;
@@ -73,6 +74,21 @@ fn a_machine_that_nobody_claims_is_freed_with_the_last_who_was_offered_it() {
     for step in [End::Evicted, End::Destroyed, End::Freed] {
         assert_eq!(steps.iter().filter(|told| **told == step).count(), 2, "{step:?}");
     }
+}
+
+/// R0.3, R3.2.
+#[test]
+fn a_thousand_lives_leave_no_frame_no_descriptor_and_no_mapping() {
+    const NAME: &str = "thousand-lives";
+    let mut machine = machine(&spec(NAME, &[4], &["vcpu0"]));
+    let (used, before) = (used_bytes(&machine), held(NAME));
+    for round in 0..1000 {
+        machine = claim(&mut machine, round).run().unwrap();
+        machine.settle().unwrap();
+        assert_eq!(held(NAME), before, "life {round}");
+    }
+    assert_eq!(used_bytes(&machine), used);
+    assert_filled(&inodes(&machine));
 }
 
 /// A guest that there is no need for.
