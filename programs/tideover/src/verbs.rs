@@ -264,6 +264,9 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
     }
     for device in &status.devices {
         text += &format!("  {:<10} {}\n", device.name, describe(device));
+        if let Some(fault) = &device.fault {
+            text += &format!("  {:<10} {}\n", "", fault.escape_debug());
+        }
     }
     if status.consoles > 0 {
         text += &format!("  consoles   {} attached\n", status.consoles);

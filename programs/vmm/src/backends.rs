@@ -1,12 +1,16 @@
 //! What a machine's devices have of the host: files, interfaces, a console. It outlives the guest's restarts, and goes
 //! with the machine to the next VMM: what is open stays open, under the same lock.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
 
 use anyhow::Context as _;
 use anyhow::bail;
@@ -33,6 +37,8 @@ pub struct Backends {
     pub(crate) taps: Vec<Tap>,
     pub(crate) linux: Option<LinuxFiles>,
     pub(crate) console: Console,
+    /// What went wrong last in each device, by its name.
+    faults: Mutex<BTreeMap<String, String>>,
 }
 
 /// What the guest is started with, now and after a reset.
@@ -60,7 +66,7 @@ impl Backends {
         });
         let linux = linux.transpose()?;
         let taps = spec.taps.iter().map(|name| open_tap(name)).collect::<Result<_, _>>()?;
-        Ok(Self { disks, taps, linux, console: Console::new()? })
+        Ok(Self { disks, taps, linux, console: Console::new()?, faults: Mutex::default() })
     }
 
     /// Takes what came with a machine that was made as `spec` says. Consoles are in these places.
@@ -80,7 +86,24 @@ impl Backends {
             Ok(LinuxFiles { kernel, initrd })
         });
         let linux = linux.transpose()?;
-        Ok(Self { disks, taps, linux, console: Console::adopt(fds, consoles)? })
+        Ok(Self { disks, taps, linux, console: Console::adopt(fds, consoles)?, faults: Mutex::default() })
+    }
+
+    /// What went wrong last in each device, by its name.
+    pub(crate) fn faults(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What went wrong last in a device, which says so `now` if that is new.
+    pub(crate) fn fault<E>(&self, device: &str, now: Option<E>) -> Option<String>
+    where
+        E: std::error::Error + Send + Sync + 'static,
+    {
+        let mut faults = self.faults();
+        if let Some(error) = now {
+            faults.insert(device.to_owned(), format!("{:#}", anyhow::Error::new(error)));
+        }
+        faults.get(device).cloned()
     }
 
     /// What goes with the machine, but for the consoles.

@@ -259,18 +259,25 @@ impl Board {
             read_only: None,
             size_bytes: None,
             dropped: None,
+            fault: None,
         };
-        let mut all = vec![of(SERIAL, DeviceKind::Serial, None), of(POWER, DeviceKind::Power, None)];
+        let serial = DeviceStatus {
+            fault: self.backends.fault(SERIAL, self.serial.take_fault()),
+            ..of(SERIAL, DeviceKind::Serial, None)
+        };
+        let mut all = vec![serial, of(POWER, DeviceKind::Power, None)];
         for ((disk, file), spec) in self.disks.iter().zip(&self.backends.disks).zip(&spec.disks) {
             all.push(DeviceStatus {
                 read_only: Some(spec.read_only),
                 size_bytes: Some(file.len_bytes()),
+                fault: self.backends.fault(disk.name(), disk.take_fault()),
                 ..of(disk.name(), DeviceKind::Disk, Some(spec.path.display().to_string()))
             });
         }
         for (net, tap) in self.nets.iter().zip(&self.backends.taps) {
             all.push(DeviceStatus {
                 dropped: Some(net.dropped()),
+                fault: self.backends.fault(net.name(), net.take_fault()),
                 ..of(net.name(), DeviceKind::Net, Some(tap.name().to_owned()))
             });
         }

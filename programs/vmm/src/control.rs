@@ -265,6 +265,9 @@ pub struct DeviceStatus {
     pub size_bytes: Option<u64>,
     /// Of a network card: frames that were dropped.
     pub dropped: Option<u64>,
+    /// What went wrong in it last, since its guest was started.
+    #[serde(default)]
+    pub fault: Option<String>,
 }
 
 /// How the guest is.

@@ -1,5 +1,6 @@
 //! A VMM's life while it runs the guest: it does what comes over the control channel.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -53,6 +54,9 @@ pub(crate) struct Told {
     pub(crate) consoles: Vec<u32>,
     pub(crate) programs: Vec<PathBuf>,
     pub(crate) history: History,
+    /// What went wrong last in each device, by its name.
+    #[serde(default)]
+    pub(crate) faults: BTreeMap<String, String>,
 }
 
 /// What a machine has behind it.
@@ -266,6 +270,7 @@ impl Vmm {
     }
 
     fn restart(&mut self) -> anyhow::Result<()> {
+        self.backends.faults().clear();
         self.guest.guest = first::boot_again(&self.spec, &self.machine, &self.backends)?;
         if !self.guest.held {
             self.guest.guest.start()?;

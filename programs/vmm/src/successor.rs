@@ -132,6 +132,7 @@ impl Prepared {
         let told = Told::deserialize(told).context("cannot read what the predecessor tells")?;
         let clients = Clients::adopt(incoming.fds(), &told.clients, told.spec.socket.as_deref())?;
         let backends = Arc::new(Backends::adopt(&told.spec, incoming.fds(), &told.consoles)?);
+        backends.faults().clone_from(&told.faults);
         let [memory] = incoming.memories() else {
             bail!(
                 "this VMM gives a guest one piece of memory, the machine has {}",

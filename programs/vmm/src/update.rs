@@ -1,5 +1,6 @@
 //! The predecessor's side of an update.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
@@ -110,8 +111,14 @@ impl Vmm {
             consoles: consoles.iter().map(|(number, ..)| *number).collect(),
             programs: self.programs.clone(),
             history: self.history,
+            faults: self.faults(),
         };
         Ok(serde_json::to_value(told)?)
+    }
+
+    fn faults(&self) -> BTreeMap<String, String> {
+        let devices = self.guest.guest.devices(&self.spec);
+        devices.into_iter().filter_map(|device| device.fault.map(|fault| (device.name, fault))).collect()
     }
 
     fn consoles(&self) -> anyhow::Result<Consoles> {
@@ -255,7 +262,7 @@ impl Vmm {
             pause_us,
             aside_us: None,
             guest_pause_us: None,
-            phases_us: std::collections::BTreeMap::new(),
+            phases_us: BTreeMap::new(),
             ticks_before: ticks.unwrap_or_default(),
             ticks_after: ticks,
             probe: None,

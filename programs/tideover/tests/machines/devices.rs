@@ -222,6 +222,29 @@ fn a_guest_that_asks_for_a_reset_starts_again_on_the_same_disk_or_ends() {
 }
 
 #[test]
+fn a_device_that_its_guest_broke_is_told_by_status_and_through_updates() {
+    harness::need!(kvm);
+    let (kernel, image) = (TestFile::new(&kernel::image(true)), disk());
+    let host = Host::new();
+    host.run_kernel("m", &kernel, &["--disk", image.path()]);
+    let fault = || host.json(&["status", "m"])["devices"][2]["fault"].as_str().map(str::to_owned);
+    let said = || String::from_utf8(host.tideover(&["status", "m"]).stdout).unwrap();
+    let mut console = Console::of(&host, "m");
+    console.await_lines(2);
+    assert_eq!(fault(), None);
+    assert!(!said().contains("queue"), "{}", said());
+    console.type_in("b");
+    let told = wait_for("the fault", fault);
+    assert!(told.starts_with("queue 0 is broken: "), "{told}");
+    for carrier in CARRIERS {
+        assert_eq!(fault().as_ref(), Some(&told), "as often as one asks");
+        assert!(said().contains(&told), "{}", said());
+        host.update("m", carrier);
+    }
+    assert_eq!(fault().as_ref(), Some(&told));
+}
+
+#[test]
 fn a_confined_machine_has_its_devices_through_updates_and_resets() {
     harness::need!(kvm);
     let (kernel, image) = (TestFile::new(&kernel::image(true)), disk());
