@@ -57,6 +57,8 @@ pub(crate) enum Message {
         unclaimed: Vec<u64>,
         vmm: serde_json::Value,
     },
+    /// The predecessor has told whoever asked for the update how it went, and goes.
+    Farewell,
     /// Instead of `sealed`: it was a rehearsal, and a good one.
     Rehearsed,
     /// Instead of any other: this side gives up.
@@ -76,6 +78,7 @@ impl Message {
             Self::Sealed { .. } => "sealed",
             Self::Running { .. } => "running",
             Self::Settled { .. } => "settled",
+            Self::Farewell => "farewell",
             Self::Rehearsed => "rehearsed",
             Self::Refuse { .. } => "refuse",
         }
@@ -103,6 +106,9 @@ pub enum LinkError {
     /// It wanted to know whether this side gets ready, and no more.
     #[error("it was a rehearsal")]
     Rehearsed,
+    /// It has told whoever asked for the update how it went, and goes.
+    #[error("the other side is gone, and has told how the update went")]
+    Farewell,
     /// It sent something else.
     #[error("the other side sent {came} where {awaited} is due")]
     Unexpected {
@@ -160,7 +166,7 @@ pub(crate) fn send(
 /// What the other side said last, before it went.
 fn parting(channel: &Channel) -> LinkError {
     match receive(channel, "nothing", Deadline::after(Duration::ZERO)) {
-        Err(refused @ LinkError::Refused { .. }) => refused,
+        Err(last @ (LinkError::Refused { .. } | LinkError::Farewell)) => last,
         _ => LinkError::Closed,
     }
 }
@@ -182,6 +188,12 @@ pub(crate) fn receive(
     receive_with(channel, awaited, 0, deadline).map(|(message, _)| message)
 }
 
+/// Tells the successor that this side has told whoever asked for the update how it went.
+pub fn farewell(channel: &Channel) {
+    // It may be gone, or of a version that does not wait for this.
+    let _ = send(channel, &Message::Farewell, &[], Deadline::after(Duration::from_millis(100)));
+}
+
 /// Receives the message called `awaited`, with at most `max_fds` descriptors; another one is an error.
 pub(crate) fn receive_with(
     channel: &Channel,
@@ -198,6 +210,7 @@ pub(crate) fn receive_with(
     match serde_json::from_slice::<Message>(&received.bytes) {
         Ok(Message::Refuse { reason }) => Err(LinkError::Refused { reason: shown(&reason) }),
         Ok(Message::Rehearsed) => Err(LinkError::Rehearsed),
+        Ok(Message::Farewell) => Err(LinkError::Farewell),
         Ok(message) if message.name() == awaited => Ok((message, received.fds)),
         Ok(message) => Err(LinkError::Unexpected { awaited, came: message.name().to_owned() }),
         Err(error) => {

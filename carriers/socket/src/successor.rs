@@ -411,18 +411,48 @@ impl Running {
         observer: &mut dyn Observer,
         vmm: impl FnOnce() -> serde_json::Value,
     ) -> Result<Machine, Box<Unsettled>> {
+        self.settle_and_part(observer, vmm).0
+    }
+
+    /// As [`settle`](Self::settle), and gives what tells whether the predecessor did its last duty.
+    pub fn settle_and_part(
+        self,
+        observer: &mut dyn Observer,
+        vmm: impl FnOnce() -> serde_json::Value,
+    ) -> (Result<Machine, Box<Unsettled>>, Parting) {
         let Self { channel, mut timeline, timeouts, mut machine } = self;
         let deadline = Deadline::after(timeouts.prepare);
         // If it is gone, it need not be told.
-        let _ = message::send(&channel, &Message::Running { steps: steps(&timeline) }, &[], deadline);
+        let mut told = says_farewell(&channel, &Message::Running { steps: steps(&timeline) }, deadline);
         let finished = match machine.settle() {
             Ok(finished) => finished,
-            Err(cause) => return Err(Box::new(Unsettled { machine, cause })),
+            Err(cause) => return (Err(Box::new(Unsettled { machine, cause })), Parting { channel, told }),
         };
         reached(&mut timeline, observer, Step::Settled);
         let unclaimed = finished.unclaimed.iter().map(|token| token.0).collect();
         let settled = Message::Settled { steps: steps(&timeline), unclaimed, vmm: vmm() };
-        let _ = message::send(&channel, &settled, &[], deadline);
-        Ok(machine)
+        told |= says_farewell(&channel, &settled, deadline);
+        (Ok(machine), Parting { channel, told })
+    }
+}
+
+/// Sends what the predecessor need not be told if it is gone. `true` if it is, and has said farewell.
+fn says_farewell(channel: &Channel, message: &Message, deadline: Deadline) -> bool {
+    matches!(message::send(channel, message, &[], deadline), Err(LinkError::Farewell))
+}
+
+/// What is left of the predecessor, which has one thing to do still: to tell whoever asked for the update how it went.
+#[derive(Debug)]
+pub struct Parting {
+    channel: Channel,
+    told: bool,
+}
+
+impl Parting {
+    /// Waits until the predecessor has told, at most for so long. `false` if it is gone and had not: then somebody else
+    /// has to. To be asked only of a predecessor that says [`farewell`](crate::farewell).
+    pub fn was_told(&self, patience: Duration) -> bool {
+        let last = || message::receive(&self.channel, "farewell", Deadline::after(patience));
+        self.told || !matches!(last(), Err(LinkError::Closed))
     }
 }

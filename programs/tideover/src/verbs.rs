@@ -367,10 +367,13 @@ fn told(name: &str, report: &UpdateReport) -> String {
         (UpdateOutcome::Updated, Some(successor)) => {
             let aside = report.aside_us.map(|us| format!(", after {} to step aside", table::millis(us)));
             let seen = report.guest_pause_us.map(|us| format!(" ({} as it saw it)", table::millis(us)));
+            let pause = match (report.pause_us, &report.reason) {
+                (None, Some(reason)) => reason.clone(),
+                (us, _) => pause(us),
+            };
             format!(
-                "{name}: updated from process {} to {successor}; {}{}{}\n",
+                "{name}: updated from process {} to {successor}; {pause}{}{}\n",
                 report.predecessor_pid,
-                pause(report.pause_us),
                 aside.unwrap_or_default(),
                 seen.unwrap_or_default()
             )

@@ -33,7 +33,7 @@ use crate::control::DeviceStatus;
 use crate::control::GuestKind;
 use crate::control::MachineSpec;
 
-/// How long a guest may take to stop.
+/// How long a guest may take to stop, and to be saved, unless less is asked for.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a guest could not be made, stopped, saved or loaded.
@@ -231,6 +231,9 @@ pub trait Served: Guest<Error = GuestError> + Send {
     /// # Errors
     /// [`GuestError`] if its thread is gone.
     fn start(&mut self) -> Result<(), GuestError>;
+
+    /// How long it may take to stop, and as long to be saved, from now on.
+    fn set_patience(&mut self, patience: Duration);
 
     /// Formats of its states, which a successor has to be able to read.
     fn formats(&self) -> Vec<String>;

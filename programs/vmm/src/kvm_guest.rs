@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
+use std::time::Instant;
 
 use gmem::Binding;
 use gmem::GmemFile;
@@ -46,6 +48,7 @@ use crate::guest;
 use crate::guest::GuestError;
 use crate::guest::Health;
 use crate::guest::MemoryWords;
+use crate::guest::STOP_TIMEOUT;
 use crate::guest::Served;
 use crate::guest::below;
 use crate::vcpu_thread::VcpuThread;
@@ -127,6 +130,8 @@ pub struct KvmGuest {
     health: Health,
     /// All vCPUs run, or were told to.
     runs: bool,
+    /// How long they may take to stop, and to be saved.
+    patience: Duration,
 }
 
 /// A VM that has nothing yet, as what memory is made with that is to be its own.
@@ -215,6 +220,7 @@ impl Parts {
             before_pause: BeforePause { cpuid: cpuid.encode(), contents, threads: Vec::new() },
             health: setup.health.clone(),
             runs: false,
+            patience: STOP_TIMEOUT,
         })
     }
 }
@@ -324,7 +330,8 @@ impl Guest for KvmGuest {
             return Ok(());
         }
         self.vcpus.iter().try_for_each(VcpuThread::kick)?;
-        self.vcpus.iter().try_for_each(VcpuThread::await_stop)?;
+        let end = Instant::now() + self.patience;
+        self.vcpus.iter().try_for_each(|vcpu| vcpu.await_stop(end))?;
         // After the vCPUs: what they do to a device still has effect.
         self.board.pause();
         self.runs = false;
@@ -339,8 +346,9 @@ impl Guest for KvmGuest {
         self.vcpus.iter().try_for_each(VcpuThread::begin_save)?;
         let vm = VmState::save(&self.vm).map_err(below("save the VM"))?;
         let mut states = vec![(VM_STATE, vm.encode()), (DEVICES_STATE, self.board.save()?)];
+        let end = Instant::now() + self.patience;
         for (vcpu, index) in self.vcpus.iter().zip(0..) {
-            states.push((vcpu_state(index), vcpu.await_saved()?));
+            states.push((vcpu_state(index), vcpu.await_saved(end)?));
         }
         Ok(states)
     }
@@ -384,6 +392,10 @@ impl Served for KvmGuest {
         thread::yield_now();
         self.attend();
         Ok(())
+    }
+
+    fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 
     fn formats(&self) -> Vec<String> {
@@ -430,9 +442,6 @@ impl Served for KvmGuest {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-    use std::time::Instant;
-
     use machine::Machine;
     use machine::MemoryName;
     use machine::MemorySpec;

@@ -179,6 +179,19 @@ pub(crate) fn report_of_return(
     }
 }
 
+/// The same from this process, the successor, whose predecessor died before it could say how the update went.
+pub(crate) fn report_of_death(predecessor_pid: u32, told: &Told) -> UpdateReport {
+    UpdateReport {
+        predecessor_pid,
+        successor_pid: Some(std::process::id()),
+        reason: Some(
+            "the process that ran the guest died before it could say how long the guest stood still"
+                .to_owned(),
+        ),
+        ..seen(told, &Timeline::default(), None)
+    }
+}
+
 /// What the guest and the clocks say of an update from this process.
 fn seen(told: &Told, timeline: &Timeline, stopped_ns: Option<u64>) -> UpdateReport {
     let pause = stopped_ns.zip(told.entered_ns);

@@ -54,9 +54,19 @@ pub(crate) struct Told {
     pub(crate) consoles: Vec<u32>,
     pub(crate) programs: Vec<PathBuf>,
     pub(crate) history: History,
+    /// Who is to be told how the update went, and by whom, which says farewell when that is done. By exec, nobody is left.
+    #[serde(default)]
+    pub(crate) answered: Option<Answered>,
     /// What went wrong last in each device, by its name.
     #[serde(default)]
     pub(crate) faults: BTreeMap<String, String>,
+}
+
+/// Who asked for an update, and the process that is to answer.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) struct Answered {
+    pub(crate) client: ClientId,
+    pub(crate) by: u32,
 }
 
 /// What a machine has behind it.

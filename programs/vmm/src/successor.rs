@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use anyhow::bail;
@@ -19,6 +20,7 @@ use tracing::warn;
 use crate::backends::Backends;
 use crate::clients::Clients;
 use crate::confine::Confine;
+use crate::control::Answer;
 use crate::control::GuestKind;
 use crate::guest;
 use crate::guest::AnyGuest;
@@ -30,12 +32,16 @@ use crate::kvm_guest::KvmGuest;
 use crate::kvm_guest::Setup;
 use crate::measure;
 use crate::measure::Before;
+use crate::serve::Answered;
 use crate::serve::History;
 use crate::serve::Told;
 use crate::serve::Vmm;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
 use crate::update::go_on;
+
+/// How long a predecessor may take to tell how the update went. One that takes longer lives, and tells later.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Where the predecessor is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -187,11 +193,22 @@ fn begin(
     observer: &mut dyn Observer,
 ) -> anyhow::Result<Vmm> {
     let (words, before) = prepared.start(running.machine())?;
-    let tell = || serde_json::to_value(prepared.seen(words.as_ref(), before)).unwrap_or_default();
-    let machine = running.settle(observer, tell).unwrap_or_else(|unsettled| {
+    let mut seen = measure::Told::default();
+    let tell = || {
+        seen = prepared.seen(words.as_ref(), before);
+        serde_json::to_value(&seen).unwrap_or_default()
+    };
+    let (settled, parting) = running.settle_and_part(observer, tell);
+    let machine = settled.unwrap_or_else(|unsettled| {
         // It runs; the next update tries to settle again, and says so if it cannot.
         warn!(error = &unsettled.cause as &dyn std::error::Error, "the session is not settled");
         unsettled.machine
     });
+    if let Some(Answered { client, by }) = prepared.told.answered
+        && !parting.was_told(FAREWELL)
+    {
+        let report = measure::report_of_death(by, &seen);
+        prepared.clients.tell(client, &Answer::Update(Box::new(report)));
+    }
     Ok(prepared.serve(machine, words, is_updated))
 }

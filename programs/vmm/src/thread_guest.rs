@@ -10,6 +10,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::thread::JoinHandle;
+use std::time::Duration;
+use std::time::Instant;
 
 use fdpass::monotonic_ns;
 use gmem::Inode;
@@ -127,9 +129,10 @@ impl WalkThread {
     }
 
     /// Waits until it stands still, as it was told to.
-    fn await_stop(&self) -> Result<(), GuestError> {
+    fn await_stop(&self, end: Instant) -> Result<(), GuestError> {
         let turn = self.shared.turn();
-        let waited = self.shared.changed.wait_timeout_while(turn, STOP_TIMEOUT, |turn| turn.still.is_none());
+        let left = end.saturating_duration_since(Instant::now());
+        let waited = self.shared.changed.wait_timeout_while(turn, left, |turn| turn.still.is_none());
         let (turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if turn.still.is_some() { Ok(()) } else { Err(GuestError::TimedOut("stop")) }
     }
@@ -242,6 +245,8 @@ pub struct ThreadGuest {
     vcpus: Vec<WalkThread>,
     memory: Arc<Inode>,
     health: Health,
+    /// How long they may take to stop.
+    patience: Duration,
 }
 
 impl ThreadGuest {
@@ -282,7 +287,7 @@ impl ThreadGuest {
     ) -> Result<Self, GuestError> {
         let vcpus = layouts.iter().map(|layout| WalkThread::spawn(memory, *layout, still(layout), &health));
         let vcpus = vcpus.collect::<Result<_, _>>()?;
-        Ok(Self { vcpus, memory: Arc::clone(memory), health })
+        Ok(Self { vcpus, memory: Arc::clone(memory), health, patience: STOP_TIMEOUT })
     }
 
     fn want(&self, wanted: Wanted) {
@@ -295,7 +300,8 @@ impl Guest for ThreadGuest {
 
     fn pause(&mut self) -> Result<(), GuestError> {
         self.want(Wanted::Still);
-        self.vcpus.iter().try_for_each(WalkThread::await_stop)
+        let end = Instant::now() + self.patience;
+        self.vcpus.iter().try_for_each(|vcpu| vcpu.await_stop(end))
     }
 
     fn save(&mut self) -> Result<Vec<(StateName, Vec<u8>)>, GuestError> {
@@ -331,6 +337,10 @@ impl Served for ThreadGuest {
     fn start(&mut self) -> Result<(), GuestError> {
         self.want(Wanted::Run);
         Ok(())
+    }
+
+    fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 
     fn formats(&self) -> Vec<String> {
@@ -369,9 +379,6 @@ impl Served for ThreadGuest {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-    use std::time::Instant;
-
     use machine::Machine;
     use machine::MemoryName;
     use machine::MemorySpec;
@@ -427,6 +434,36 @@ mod tests {
                 assert_eq!(words.ticks(), ticks, "it stands still for good");
             }
         }
+    }
+
+    #[test]
+    fn a_guest_that_does_not_stop_is_waited_for_no_longer_than_asked() {
+        harness::need!(userfaultfd);
+        let memory = MemorySpec { prefault: false, ..MemorySpec::new(MemoryName::literal("ram"), 64 << 20) };
+        let spec = Spec {
+            name: SessionName::literal("patience"),
+            vcpus: 1,
+            memories: vec![memory],
+            states: states(1),
+        };
+        let machine = Machine::create(&spec, &mut |_, _| {}).unwrap();
+        let mut guest = guest(&machine, 1);
+        guest.start().unwrap();
+        // A thread that waits at a hole cannot be stopped.
+        let freeze = machine.memories()[0].inode.freeze().unwrap();
+        assert!(freeze.wait_fault(Duration::from_secs(60)).unwrap().is_some());
+        guest.set_patience(Duration::from_millis(10));
+        let waited = |guest: &mut ThreadGuest| {
+            let begun = Instant::now();
+            assert!(matches!(guest.pause(), Err(GuestError::TimedOut("stop"))));
+            begun.elapsed()
+        };
+        // This test, too, has to be given a processor in time.
+        let in_time = (0..20).any(|_| waited(&mut guest) < STOP_TIMEOUT);
+        assert!(in_time, "it is waited for {STOP_TIMEOUT:?}");
+        drop(freeze);
+        guest.set_patience(Duration::from_secs(60));
+        guest.pause().unwrap();
     }
 
     #[test]

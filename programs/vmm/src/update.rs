@@ -38,8 +38,10 @@ use crate::control::UpdateOutcome;
 use crate::control::UpdateReport;
 use crate::control::UpdateRequest;
 use crate::guest::MemoryWords;
+use crate::guest::STOP_TIMEOUT;
 use crate::measure;
 use crate::serve::After;
+use crate::serve::Answered;
 use crate::serve::Told;
 use crate::serve::Vmm;
 
@@ -91,16 +93,24 @@ impl Vmm {
                           the carrier is socket";
             return Ok(self.refuse(client, reason.to_owned()));
         }
+        let patience = timeouts(request).hand_over.min(STOP_TIMEOUT);
+        self.guest.guest.set_patience(patience);
         let updated = match request.carrier {
             Carrier::Socket => self.hand_over(client, request, passed),
             Carrier::Exec => self.execute(client, request),
         };
+        self.guest.guest.set_patience(STOP_TIMEOUT);
         updated.inspect_err(|error| {
             self.clients.tell(client, &Answer::Error(format!("{error:#}")));
         })
     }
 
-    fn told(&self, request: &UpdateRequest, consoles: &Consoles) -> anyhow::Result<serde_json::Value> {
+    fn told(
+        &self,
+        request: &UpdateRequest,
+        consoles: &Consoles,
+        answered: Option<Answered>,
+    ) -> anyhow::Result<serde_json::Value> {
         let told = Told {
             spec: self.spec.clone(),
             before_pause: self.guest.guest.before_pause(),
@@ -111,6 +121,7 @@ impl Vmm {
             consoles: consoles.iter().map(|(number, ..)| *number).collect(),
             programs: self.programs.clone(),
             history: self.history,
+            answered,
             faults: self.faults(),
         };
         Ok(serde_json::to_value(told)?)
@@ -147,7 +158,8 @@ impl Vmm {
             Ok(found) => found,
             Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
         };
-        let offer = self.offer(request, &consoles)?;
+        let answered = Answered { client, by: process::id() };
+        let offer = self.offer(request, &consoles, Some(answered))?;
         let offer = Offer { fds: fds(&self.clients, &self.backends, &consoles)?, ..offer };
         let mut observer = |step: Step| debug!(%step, "predecessor");
         let outcome = socket::hand_over(&mut self.machine, &mut self.guest, &channel, &offer, &mut observer);
@@ -158,7 +170,9 @@ impl Vmm {
                     started.let_go();
                 }
                 let report = measure::report(&report, self.guest.stopped_ns());
-                Ok(self.leave(client, report))
+                let after = self.leave(client, report);
+                socket::farewell(&channel);
+                Ok(after)
             }
             Outcome::RolledBack { reason, pause, .. } => {
                 drop(channel);
@@ -179,7 +193,7 @@ impl Vmm {
             Ok(rehearsed) => rehearsed,
             Err(error) => return Ok(self.refuse(client, format!("{error:#}"))),
         };
-        let offer = self.offer(request, &consoles)?;
+        let offer = self.offer(request, &consoles, None)?;
         let offer = Offer { fds: fds(&self.clients, &self.backends, &consoles)?, ..offer };
         let mut observer = |step: Step| debug!(%step, "program before");
         let replaced =
@@ -213,11 +227,16 @@ impl Vmm {
     }
 
     /// What is told of the machine, without the descriptors that go with it.
-    fn offer(&self, request: &UpdateRequest, consoles: &Consoles) -> anyhow::Result<Offer<'static>> {
+    fn offer(
+        &self,
+        request: &UpdateRequest,
+        consoles: &Consoles,
+        answered: Option<Answered>,
+    ) -> anyhow::Result<Offer<'static>> {
         Ok(Offer {
             formats: self.guest.guest.formats(),
             fds: Vec::new(),
-            vmm: self.told(request, consoles)?,
+            vmm: self.told(request, consoles, answered)?,
             timeouts: timeouts(request),
         })
     }
@@ -234,7 +253,7 @@ impl Vmm {
         let program = self.program(&request.successor)?;
         self.guest.guest.before_freeze()?;
         let (channel, started) = program.start(SUCCEED)?;
-        let offer = self.offer(&UpdateRequest { populate: false, ..request.clone() }, consoles)?;
+        let offer = self.offer(&UpdateRequest { populate: false, ..request.clone() }, consoles, None)?;
         let offer = Offer { fds: fds(&self.clients, &self.backends, consoles)?, ..offer };
         let mut observer = |step: Step| debug!(%step, "rehearsal");
         let rehearsed = socket::rehearse(&mut self.machine, &channel, &offer, &mut observer);

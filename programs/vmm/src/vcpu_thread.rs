@@ -34,7 +34,6 @@ use tracing::warn;
 use crate::exits::Exits;
 use crate::guest::End;
 use crate::guest::GuestError;
-use crate::guest::STOP_TIMEOUT;
 use crate::guest::below;
 
 /// How long to stay awake for a message within the pause: it takes far longer to wake a thread than to send to one
@@ -169,12 +168,12 @@ impl VcpuThread {
     }
 
     /// Waits until the vCPU stands still after a [kick](Self::kick).
-    pub(crate) fn await_stop(&self) -> Result<(), GuestError> {
+    pub(crate) fn await_stop(&self, end: Instant) -> Result<(), GuestError> {
         if self.idle.is_some() {
             return Ok(());
         }
         loop {
-            match self.reply("stop")? {
+            match self.reply("stop", end)? {
                 Reply::Stopped(turn) if turn == self.turn => return Ok(()),
                 // Left from what was not waited for.
                 Reply::Stopped(_) | Reply::Saved(_) => {}
@@ -188,16 +187,17 @@ impl VcpuThread {
     }
 
     /// What was saved: an encoded [`VcpuState`].
-    pub(crate) fn await_saved(&self) -> Result<Vec<u8>, GuestError> {
+    pub(crate) fn await_saved(&self, end: Instant) -> Result<Vec<u8>, GuestError> {
         loop {
-            if let Reply::Saved(state) = self.reply("get saved")? {
+            if let Reply::Saved(state) = self.reply("get saved", end)? {
                 return state;
             }
         }
     }
 
-    fn reply(&self, awaited: &'static str) -> Result<Reply, GuestError> {
-        let reply = awake(&self.replies).or_else(|_| self.replies.recv_timeout(STOP_TIMEOUT));
+    fn reply(&self, awaited: &'static str, end: Instant) -> Result<Reply, GuestError> {
+        let left = || end.saturating_duration_since(Instant::now());
+        let reply = awake(&self.replies).or_else(|_| self.replies.recv_timeout(left()));
         reply.map_err(|error| match error {
             RecvTimeoutError::Timeout => GuestError::TimedOut(awaited),
             RecvTimeoutError::Disconnected => GuestError::ThreadGone,

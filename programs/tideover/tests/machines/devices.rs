@@ -3,6 +3,8 @@
 use std::process::Command;
 use std::process::ExitStatus;
 use std::process::Stdio;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering;
 
 use devices::disk::Access;
 use devices::disk::DiskError;
@@ -117,7 +119,9 @@ struct Interface(String);
 
 impl Interface {
     fn new() -> Self {
-        let name = format!("tdm{}", std::process::id() % 100_000);
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("tdm{}-{number}", std::process::id() % 1_000_000);
         let made =
             Command::new("ip").args(["tuntap", "add", "dev", &name, "mode", "tap", "vnet_hdr"]).output();
         assert!(made.as_ref().is_ok_and(|made| made.status.success()), "{made:?}");
@@ -142,6 +146,25 @@ fn a_tap_goes_with_the_machine() {
         host.update("m", carrier);
         assert_eq!(host.json(&["status", "m"])["devices"], made["devices"], "{carrier}");
         assert!(Tap::open(name).is_err(), "{carrier}: it is the machine's");
+    }
+    host.json(&["stop", "m"]);
+    Tap::open(name).unwrap();
+}
+
+#[test]
+fn a_tap_goes_with_a_machine_that_is_confined() {
+    harness::need!(kvm, tap);
+    let (host, interface) = (Host::new(), Interface::new());
+    let name = interface.0.as_str();
+    let made =
+        host.json(&["run", "m", "--guest", "kvm", "--memory", "8MiB", "--tap", name, "--confine=kill"]);
+    assert_eq!((devices(&made)[2], &made["confined"]), ("net0", &"kill".into()));
+    for _ in 0..3 {
+        // What the VMM may not do would end it.
+        host.update("m", "socket");
+        let status = host.json(&["status", "m"]);
+        assert_eq!((&status["devices"], &status["confined"]), (&made["devices"], &"kill".into()));
+        assert!(Tap::open(name).is_err(), "it is the machine's");
     }
     host.json(&["stop", "m"]);
     Tap::open(name).unwrap();

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use machine::update::Step;
 use tideover_vmm::control::GuestKind;
+use tideover_vmm::control::UpdateOutcome;
 
 use crate::for_each_guest;
 use crate::processes::Process;
 use crate::rig::Rig;
+use crate::rig::program;
 use crate::roles::Fault;
 use crate::roles::Place;
 use crate::roles::Plan;
@@ -17,6 +19,7 @@ use crate::roles::Plan;
 for_each_guest!(
     one_that_dies_is_succeeded_from_the_seal_on,
     one_that_stalls_runs_on_or_finds_its_successor_running,
+    who_asked_one_that_dies_is_answered_by_its_successor,
 );
 
 /// The predecessor's steps before the seal, and the step that the successor then waits for.
@@ -97,5 +100,28 @@ fn one_that_stalls_runs_on_or_finds_its_successor_running(guest: GuestKind) {
         rig.first.wake();
         assert!(rig.first.ends().0.success(), "{step}: {}", rig.said());
         rig.assert_runs_in(successor.pid());
+    }
+}
+
+/// The steps at which it dies, and the successor goes on.
+const FROM_THE_SEAL: [Step; 4] = [Step::Claimed, Step::Loaded, Step::Running, Step::Settled];
+
+fn who_asked_one_that_dies_is_answered_by_its_successor(guest: GuestKind) {
+    for step in FROM_THE_SEAL {
+        let mut rig = Rig::start(guest);
+        let pid = rig.first.pid();
+        rig.plan(&Plan::at(Place::At(step), Fault::Kills(pid)));
+        let report = rig.update(program());
+        assert_eq!(rig.first.ends().0.signal(), Some(9), "{step}");
+        let successor = report.successor_pid.expect("it is updated");
+        assert_eq!((report.outcome, report.predecessor_pid), (UpdateOutcome::Updated, pid), "{step}");
+        let reason = report.reason.as_deref().unwrap_or_default();
+        assert!(reason.contains("died before it could say"), "{step}: {report:?}");
+        assert_eq!(report.pause_us, None, "{step}");
+        assert!(report.ticks_after > Some(report.ticks_before), "{step}: {report:?}");
+        rig.assert_runs_in(successor);
+        // Nobody answers twice: the next answer is the next update's.
+        let next = rig.update_well();
+        rig.assert_runs_in(next);
     }
 }

@@ -76,6 +76,7 @@ fn main() -> ExitCode {
         stalled::a_successor_that_is_stopped_and_wakes_late_runs_nothing,
         lone_predecessor::one_that_stalls_runs_on_or_finds_its_successor_running,
         lone_predecessor::one_that_dies_is_succeeded_from_the_seal_on,
+        lone_predecessor::who_asked_one_that_dies_is_answered_by_its_successor,
         killed::a_successor_killed_at_any_step_leaves_the_guest_running,
         executed::a_process_that_executes_the_next_program_stays_the_same,
         executed::a_program_that_fails_after_execve_leaves_the_guest_to_the_one_before,
