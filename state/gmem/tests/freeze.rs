@@ -180,8 +180,8 @@ fn a_fault_on_a_hole_parks_until_the_freeze_ends() {
     assert_eq!(&read, b"parked");
 }
 
-/// True if the kernel hands faults on holes of the memory to a userfaultfd.
-fn faults_are_looked_at(inode: &Inode) -> bool {
+/// What `smaps` says of the memory's mapping on the line that begins so.
+fn said_of_mapping(inode: &Inode, line: &str) -> String {
     let address = inode.mapping().host_address();
     let holds = |line: &str| {
         let range = line.split(' ').next()?.split_once('-')?;
@@ -190,8 +190,28 @@ fn faults_are_looked_at(inode: &Inode) -> bool {
     };
     let maps = fs::read_to_string("/proc/self/smaps").unwrap();
     let ours = maps.lines().skip_while(|line| holds(line) != Some(true));
-    let flags = ours.into_iter().find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
-    flags.split_whitespace().any(|flag| flag == "um")
+    ours.into_iter().find_map(|found| found.strip_prefix(line)).unwrap().trim().to_owned()
+}
+
+/// True if the kernel hands faults on holes of the memory to a userfaultfd.
+fn faults_are_looked_at(inode: &Inode) -> bool {
+    said_of_mapping(inode, "VmFlags:").split_whitespace().any(|flag| flag == "um")
+}
+
+/// R2.9.
+#[test]
+fn every_page_that_is_touched_is_counted_to_its_process_until_it_is_given_back() {
+    let inode = inode(8 * MIB);
+    let counted = || said_of_mapping(&inode, "Rss:");
+    assert_eq!(counted(), "0 kB");
+    inode.mapping().write_zeros(MIB, 2 * MIB).unwrap();
+    assert_eq!(counted(), "2048 kB");
+    let freeze = inode.freeze().unwrap();
+    let frozen = if freeze.held() == Held::Prefaulted { "8192 kB" } else { "2048 kB" };
+    assert_eq!(counted(), frozen, "a freeze takes none but to fill holes");
+    drop(freeze);
+    inode.punch(0, 8 * MIB).unwrap();
+    assert_eq!(counted(), "0 kB");
 }
 
 /// R2.8.
