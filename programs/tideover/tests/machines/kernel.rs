@@ -2,7 +2,7 @@
 //!
 //! It says `boot`, its command line, `|` and the first four bytes of its initial RAM disk. Then, in rounds, it says `line` and
 //! the round's number, and looks for a key: `p` switches the machine off, `r` and `R` reset it (by the keyboard
-//! controller, by the chipset), `c` crashes it, `b` breaks the ring of the disk, and any other is said back.
+//! controller, by the chipset), `c` crashes it, `B` breaks the ring of the disk and does no more, and any other is said back.
 //!
 //! With a disk, round `n` also writes sector [`sector`]`(n)`, which gets 64 words of [`word`]`(n, place)`, and reads
 //! the sector of the round before, sleeping until the interrupt of each. If a word is wrong, it says `lost` and crashes.
@@ -215,7 +215,7 @@ fn obey(a: &mut CodeAssembler, to: Routines) -> Result<(), IcedError> {
     a.mov(edx, 0x3f8)?;
     a.in_(al, dx)?;
     a.movzx(ebp, al)?;
-    for key in *b"prRbc" {
+    for key in *b"prRBc" {
         let mut other = a.create_label();
         a.cmp(ebp, i32::from(key))?;
         a.jne(other)?;
@@ -231,11 +231,16 @@ fn obey(a: &mut CodeAssembler, to: Routines) -> Result<(), IcedError> {
                 out(a, 0xcf9, 2)?;
                 out(a, 0xcf9, 6)?;
             }
-            b'b' => {
+            b'B' => {
                 // More requests than the ring has places.
                 a.mov(rdi, AVAILABLE)?;
                 a.add(word_ptr(rdi + 2), 0x4000)?;
                 a.mov(dword_ptr(r14 + 0x50), 0)?;
+                // Another round would mend it, perhaps before the disk has looked.
+                let mut stay = a.create_label();
+                a.set_label(&mut stay)?;
+                a.hlt()?;
+                a.jmp(stay)?;
             }
             _ => crash(a)?,
         }
