@@ -40,6 +40,8 @@ const LEAVE: u8 = 0x1d;
 const INPUT_BYTES: usize = 4096;
 /// What is added to the number of a signal that ends this.
 const BY_SIGNAL: u8 = 128;
+/// How long a user who leaves waits for what was typed last to go out.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 pub(crate) fn console(arguments: &cli::Console) -> anyhow::Result<ExitCode> {
     // Before anything is changed that they would leave so.
@@ -200,7 +202,8 @@ impl Line {
                 return Ok(end);
             }
             let leaves = ready.stdin && self.read(stdin)?;
-            self.send()?;
+            // What was typed before the user leaves comes first, if the VMM takes it soon.
+            self.send(if leaves { LAST_WORDS } else { Duration::ZERO })?;
             if leaves {
                 return Ok(End::Left);
             }
@@ -278,12 +281,12 @@ impl Line {
         Ok(leave.is_some())
     }
 
-    fn send(&mut self) -> anyhow::Result<()> {
+    fn send(&mut self, patience: Duration) -> anyhow::Result<()> {
         if self.input.is_empty() {
             return Ok(());
         }
         let message = control::console_message(&self.input);
-        match self.channel.send(&message, &[], Deadline::after(Duration::ZERO)) {
+        match self.channel.send(&message, &[], Deadline::after(patience)) {
             Ok(()) => self.input.clear(),
             Err(SendError::TimedOut) => {}
             // What it had to say comes first.

@@ -101,6 +101,8 @@ struct Consoles {
 struct Attached {
     channel: Arc<Channel>,
     seen: Seen,
+    /// It takes no more output. What it said before it left may wait to be heard.
+    left: bool,
 }
 
 /// Where the serial line's output goes.
@@ -174,7 +176,7 @@ impl Console {
             let name = name(*number);
             let fd = fds.take(name).with_context(|| format!("{name} did not come with the machine"))?;
             let channel = Arc::new(Channel::from_fd(fd)?);
-            list.push(Attached { channel, seen: Seen { number: *number, next: 0, missed: 0 } });
+            list.push(Attached::new(channel, Seen { number: *number, next: 0, missed: 0 }));
         }
         Self::with(Consoles { list, still: true, ..Consoles::default() })
     }
@@ -220,8 +222,8 @@ impl Console {
             return;
         }
         let next = self.shared.output().recent(RECENT_BYTES);
-        consoles.list.push(Attached { channel: Arc::new(channel), seen: Seen { number, next, missed: 0 } });
-        self.shared.attached.store(consoles.list.len(), Ordering::SeqCst);
+        consoles.list.push(Attached::new(Arc::new(channel), Seen { number, next, missed: 0 }));
+        consoles.count(&self.shared);
         drop(consoles);
         self.shared.ring();
     }
@@ -242,7 +244,8 @@ impl Console {
         consoles.still = true;
         let mut output = self.shared.output();
         let kept = output.end().saturating_sub(u64::try_from(RECENT_BYTES).unwrap_or(u64::MAX));
-        let unseen = consoles.list.iter().map(|console| console.seen.next).min();
+        let here = consoles.list.iter().filter(|console| !console.left);
+        let unseen = here.map(|console| console.seen.next).min();
         output.forget(unseen.map_or(kept, |unseen| unseen.min(kept)));
         consoles.keep_up(&output);
         ConsoleState {
@@ -263,7 +266,7 @@ impl Console {
         });
         consoles.input = state.input;
         *self.shared.output() = state.output;
-        self.shared.attached.store(consoles.list.len(), Ordering::SeqCst);
+        consoles.count(&self.shared);
         Ok(())
     }
 
@@ -310,15 +313,15 @@ impl Shared {
     /// The thread: sends output and receives input, until the end.
     fn serve(&self) {
         loop {
-            let (channels, flags, retry) = {
+            let (wanted, retry) = {
                 let mut consoles = self.consoles();
                 if consoles.ending {
                     return;
                 }
                 consoles.work(self);
-                (consoles.channels(), consoles.flags(self), consoles.retry())
+                (consoles.wanted(self), consoles.retry())
             };
-            match wait(self.bell.as_fd(), &channels, &flags, retry.as_ref()) {
+            match wait(self.bell.as_fd(), &wanted, retry.as_ref()) {
                 Ok(ready) => self.consoles().hear(&ready, self),
                 Err(error) => {
                     warn!(%error, "the consoles stand still");
@@ -332,40 +335,34 @@ impl Shared {
 /// Waits for the bell, or for what is wanted of the channels. Gives those that have something to say.
 fn wait(
     bell: BorrowedFd<'_>,
-    channels: &[Arc<Channel>],
-    flags: &[PollFlags],
+    wanted: &[(Arc<Channel>, PollFlags)],
     retry: Option<&Timespec>,
 ) -> io::Result<Vec<Arc<Channel>>> {
     let own = PollFd::from_borrowed_fd(bell, PollFlags::IN);
-    let others =
-        channels.iter().zip(flags).map(|(channel, flags)| PollFd::from_borrowed_fd(channel.as_fd(), *flags));
+    let others = wanted.iter().map(|(channel, flags)| PollFd::from_borrowed_fd(channel.as_fd(), *flags));
     let mut polled: Vec<PollFd<'_>> = [own].into_iter().chain(others).collect();
     match rustix::event::poll(&mut polled, retry) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(errno) => return Err(errno.into()),
     }
     let speaks = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
-    let ready = channels.iter().zip(polled.iter().skip(1)).filter(|(_, fd)| fd.revents().intersects(speaks));
-    Ok(ready.map(|(channel, _)| Arc::clone(channel)).collect())
+    let ready = wanted.iter().zip(polled.iter().skip(1)).filter(|(_, fd)| fd.revents().intersects(speaks));
+    Ok(ready.map(|((channel, _), _)| Arc::clone(channel)).collect())
 }
 
 impl Consoles {
-    /// Those to wait for: none while nothing is to be heard, as one that has left would not let the thread wait.
-    fn channels(&self) -> Vec<Arc<Channel>> {
-        let list = self.list.iter().filter(|_| !self.still);
-        list.map(|console| Arc::clone(&console.channel)).collect()
-    }
-
-    /// What is wanted of each: input if there is none waiting, and room for output that is not out yet.
-    fn flags(&self, shared: &Shared) -> Vec<PollFlags> {
-        let end = shared.output().end();
-        let flags = self.list.iter().map(|console| {
+    /// Those to wait for, and what is wanted of each: input if there is none waiting, and room for output that is not out
+    /// yet. None while nothing is to be heard, as one that has left would not let the thread wait.
+    fn wanted(&self, shared: &Shared) -> Vec<(Arc<Channel>, PollFlags)> {
+        let (end, hears) = (shared.output().end(), self.input.is_empty());
+        let list = self.list.iter().filter(|console| !self.still && (hears || !console.left));
+        let wanted = list.map(|console| {
             let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, self.input.is_empty());
-            flags.set(PollFlags::OUT, console.seen.next < end);
-            flags
+            flags.set(PollFlags::IN, hears);
+            flags.set(PollFlags::OUT, !console.left && console.seen.next < end);
+            (Arc::clone(&console.channel), flags)
         });
-        flags.collect()
+        wanted.collect()
     }
 
     fn retry(&self) -> Option<Timespec> {
@@ -398,18 +395,25 @@ impl Consoles {
 
     /// Sends each console what it has not got yet, as far as it takes it before the deadline.
     fn deliver(&mut self, shared: &Shared, deadline: Deadline) {
-        self.list.retain_mut(|console| match console.deliver(shared, deadline) {
-            Ok(()) | Err(SendError::TimedOut) => true,
-            Err(error) => {
-                debug!(%error, "a console has left");
-                false
+        for console in self.list.iter_mut().filter(|console| !console.left) {
+            match console.deliver(shared, deadline) {
+                Ok(()) | Err(SendError::TimedOut) => {}
+                Err(error) => {
+                    debug!(%error, "a console has left");
+                    console.left = true;
+                }
             }
-        });
-        shared.attached.store(self.list.len(), Ordering::SeqCst);
+        }
+        self.count(shared);
         let mut output = shared.output();
         let recent = output.end().saturating_sub(u64::try_from(RECENT_BYTES).unwrap_or(u64::MAX));
-        let seen = self.list.iter().map(|console| console.seen.next).min();
+        let seen = self.list.iter().filter(|console| !console.left).map(|console| console.seen.next).min();
         output.forget(seen.map_or(recent, |seen| seen.min(recent)));
+    }
+
+    fn count(&self, shared: &Shared) {
+        let here = self.list.iter().filter(|console| !console.left).count();
+        shared.attached.store(here, Ordering::SeqCst);
     }
 
     /// Takes what these have to say.
@@ -424,7 +428,7 @@ impl Consoles {
                 self.list.retain(|console| !Arc::ptr_eq(&console.channel, channel));
             }
         }
-        shared.attached.store(self.list.len(), Ordering::SeqCst);
+        self.count(shared);
         self.offer_input();
     }
 
@@ -446,6 +450,10 @@ impl Consoles {
 }
 
 impl Attached {
+    fn new(channel: Arc<Channel>, seen: Seen) -> Self {
+        Self { channel, seen, left: false }
+    }
+
     fn deliver(&mut self, shared: &Shared, deadline: Deadline) -> Result<(), SendError> {
         loop {
             let chunk = {
@@ -506,6 +514,23 @@ mod tests {
         let begun = Instant::now();
         while console.attached() != count {
             assert!(begun.elapsed() < Duration::from_secs(20), "{} are attached", console.attached());
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn what_a_console_said_before_it_left_is_heard() {
+        let (console, user) = attached();
+        let mut sink = console.sink();
+        console.save();
+        user.send(&control::console_message(b"z"), &[], soon()).unwrap();
+        drop(user);
+        sink.write_all(b"nobody reads this").unwrap();
+        console.go_on();
+        await_attached(&console, 0);
+        let begun = Instant::now();
+        while console.shared.consoles().input != b"z" {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it is lost");
             thread::sleep(Duration::from_millis(1));
         }
     }
