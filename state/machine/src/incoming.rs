@@ -281,24 +281,10 @@ impl Incoming {
     pub fn claim(self, sealed: u32) -> Result<Claimed, ClaimError> {
         let claimed = self.ownership.transition(|found| ownership::claim(found, sealed, self.nonce));
         let word = claimed.map_err(ClaimError::Ownership)?;
-        self.read_states(sealed, Way::On { claimed: word })
+        self.read_states(sealed, word)
     }
 
-    /// Reads the state of a machine that this process sealed as `sealed` before it executed another program, which could
-    /// not run it: the way back, after that program has executed this one again. Nothing is claimed; the word changes
-    /// when the machine [runs](Claimed::run).
-    ///
-    /// # Errors
-    /// [`ClaimError`] if somebody runs the machine by now, or its state cannot be read.
-    pub fn reclaim(self, sealed: OwnershipWord) -> Result<Claimed, ClaimError> {
-        let found =
-            self.ownership.read().map_err(OwnershipError::Malformed).map_err(ClaimError::Ownership)?;
-        ownership::take_back(found, sealed, self.nonce).map_err(|lost| ClaimError::Ownership(lost.into()))?;
-        let nonce = self.nonce;
-        self.read_states(sealed.epoch(), Way::Back { sealed, nonce })
-    }
-
-    fn read_states(self, sealed: u32, way: Way) -> Result<Claimed, ClaimError> {
+    fn read_states(self, sealed: u32, claimed: OwnershipWord) -> Result<Claimed, ClaimError> {
         let (kho, luo, parts) = read_session(&self.arena, self.parts.memories).map_err(ClaimError::Attach)?;
         let table = region_table(&self.arena, self.table.len()).map_err(ClaimError::Attach)?;
         if table != self.table {
@@ -331,7 +317,7 @@ impl Incoming {
             kho,
             luo,
             ownership: self.ownership,
-            word: way.word(),
+            word: claimed,
             vm: parts.vm,
             memories,
             places,
@@ -340,26 +326,7 @@ impl Incoming {
             settled: false,
             _alive: self.alive,
         };
-        Ok(Claimed { machine, states, way })
-    }
-}
-
-/// How a machine comes to run in this process.
-#[derive(Debug, Clone, Copy)]
-enum Way {
-    /// It was claimed.
-    On { claimed: OwnershipWord },
-    /// It is taken back.
-    Back { sealed: OwnershipWord, nonce: Nonce },
-}
-
-impl Way {
-    /// The word under which this process has it so far.
-    fn word(self) -> OwnershipWord {
-        match self {
-            Self::On { claimed } => claimed,
-            Self::Back { sealed, .. } => sealed,
-        }
+        Ok(Claimed { machine, states })
     }
 }
 
@@ -368,7 +335,6 @@ impl Way {
 pub struct Claimed {
     machine: Machine,
     states: BTreeMap<StateName, Vec<u8>>,
-    way: Way,
 }
 
 impl Claimed {
@@ -389,10 +355,8 @@ impl Claimed {
     /// [`OwnershipError`] if the machine is another's by now: the guest must not run here.
     pub fn run(self) -> Result<Machine, OwnershipError> {
         let mut machine = self.machine;
-        machine.word = machine.ownership.transition(|found| match self.way {
-            Way::On { claimed } => ownership::run(found, claimed),
-            Way::Back { sealed, nonce } => ownership::take_back(found, sealed, nonce),
-        })?;
+        let claimed = machine.word;
+        machine.word = machine.ownership.transition(|found| ownership::run(found, claimed))?;
         Ok(machine)
     }
 }

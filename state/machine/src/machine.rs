@@ -432,7 +432,7 @@ impl Machine {
     /// [`UnsealError`] if the successor runs it: then it must not run here any more.
     pub fn unseal(&mut self) -> Result<(), UnsealError> {
         let sealed = self.word;
-        let back = self.ownership.transition(|found| ownership::take_back(found, sealed, sealed.nonce()));
+        let back = self.ownership.transition(|found| ownership::take_back(found, sealed));
         self.word = back.map_err(UnsealError::Ownership)?;
         self.unfreeze();
         Ok(())

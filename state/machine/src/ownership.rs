@@ -101,17 +101,16 @@ pub fn run(found: OwnershipWord, claimed: OwnershipWord) -> Result<OwnershipWord
     Ok(found.next(OwnershipState::Running, found.nonce()))
 }
 
-/// The word after the predecessor takes back what it sealed as `sealed`, claimed meanwhile or not. `back` is under
-/// which nonce it runs it then: its own, or if it has executed another program and this one again, the new one.
+/// The word after the predecessor takes back what it sealed as `sealed`, claimed meanwhile or not.
 ///
 /// # Errors
 /// [`Lost`] if `found` is neither that word nor the one of a claim of it, or `sealed` is no seal.
-pub fn take_back(found: OwnershipWord, sealed: OwnershipWord, back: Nonce) -> Result<OwnershipWord, Lost> {
+pub fn take_back(found: OwnershipWord, sealed: OwnershipWord) -> Result<OwnershipWord, Lost> {
     let claimed = found.state() == OwnershipState::Claimed && found.epoch() == sealed.epoch().wrapping_add(1);
     if sealed.state() != OwnershipState::Sealed || (found != sealed && !claimed) {
         return Err(lost(Wanted::TakenBack, found));
     }
-    Ok(found.next(OwnershipState::Running, back))
+    Ok(found.next(OwnershipState::Running, sealed.nonce()))
 }
 
 /// Why a transition was not made.

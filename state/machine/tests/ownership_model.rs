@@ -46,14 +46,9 @@ const PROTOCOL: Protocol = Protocol {
     seal: ownership::seal,
     claim: ownership::claim,
     run: ownership::run,
-    take_back,
+    take_back: ownership::take_back,
     swaps: |_| true,
 };
-
-/// The predecessor takes the machine back under the nonce that it always had.
-fn take_back(found: OwnershipWord, sealed: OwnershipWord) -> Result<OwnershipWord, Lost> {
-    ownership::take_back(found, sealed, sealed.nonce())
-}
 
 /// A transition that a process wants to make, and what it knows of the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -470,7 +465,7 @@ fn a_claim_that_ignores_the_epoch_is_noticed() {
 #[test]
 fn a_take_back_that_leaves_the_epoch_is_noticed() {
     let take_back = |found: OwnershipWord, sealed: OwnershipWord| {
-        take_back(found, sealed).map(|next| OwnershipWord::new(found.epoch(), next.state(), next.nonce()))
+        ownership::take_back(found, sealed).map(|next| OwnershipWord::new(found.epoch(), next.state(), next.nonce()))
     };
     assert_broken(Protocol { take_back, ..PROTOCOL }, FRESH_WORDS);
 }
@@ -479,7 +474,7 @@ fn a_take_back_that_leaves_the_epoch_is_noticed() {
 fn a_take_back_that_puts_the_word_before_the_seal_back_is_noticed() {
     let take_back = |found: OwnershipWord, sealed: OwnershipWord| {
         let before = |next: OwnershipWord| OwnershipWord::new(sealed.epoch() - 1, next.state(), next.nonce());
-        take_back(found, sealed).map(before)
+        ownership::take_back(found, sealed).map(before)
     };
     assert_broken(Protocol { take_back, ..PROTOCOL }, NO_STRANGER);
 }
@@ -494,8 +489,8 @@ fn a_take_back_from_one_that_runs_is_noticed() {
 #[test]
 fn a_predecessor_that_never_takes_back_a_claimed_machine_is_noticed() {
     let take_back = |found: OwnershipWord, sealed: OwnershipWord| match found == sealed {
-        true => take_back(found, sealed),
-        false => Err(take_back(sealed, found).unwrap_err()),
+        true => ownership::take_back(found, sealed),
+        false => Err(ownership::take_back(sealed, found).unwrap_err()),
     };
     assert_broken(Protocol { take_back, ..PROTOCOL }, WAY_BACK);
 }
