@@ -8,6 +8,7 @@ mod cargo;
 mod catalogue;
 mod check;
 mod deps;
+mod e2e;
 mod record;
 mod requirements;
 mod sources;
@@ -41,6 +42,8 @@ enum Verb {
     Requirements(requirements::Options),
     /// Hold the crates to the rings: arrows point inward, `unsafe` only in sys/, no_std in pure/
     Deps,
+    /// Run the end-to-end cases, each in an emulated host whose kernel is replaced
+    E2e(e2e::Options),
     /// Look through every file of the tree for what must not be published, and for untidy white
     /// space
     Words,
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         }
         Verb::Requirements(options) => requirements::run(&options),
         Verb::Deps => deps::run(),
+        Verb::E2e(options) => e2e::run(&options),
         Verb::Words => words::run(),
     };
     match done {

@@ -1,0 +1,144 @@
+//! The hosts' file system: this workspace's programs, what they are linked with, and the kernel, as the kernel
+//! unpacks it (`newc`, see initramfs-buffer-format in the kernel's documentation).
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Context as _;
+use anyhow::Result;
+use anyhow::ensure;
+
+use crate::cargo;
+use crate::cargo::Workspace;
+
+/// Programs, and where they are in the hosts.
+const PROGRAMS: [(&str, &str, &str); 2] =
+    [("tideover-e2e-host", "e2e-init", "/init"), ("tideover", "tideover", "/bin/tideover")];
+/// Where the kernel is there.
+const KERNEL: &str = "/boot/kernel";
+/// Folders that others are mounted on.
+const FOLDERS: [&str; 5] = ["/dev", "/proc", "/run", "/sys", "/tmp"];
+
+const FOLDER: u32 = 0o040_755;
+const PROGRAM: u32 = 0o100_755;
+const CONSOLE: u32 = 0o020_600;
+
+/// Makes it, below the workspace's target folder.
+pub(crate) fn make(kernel: &Path) -> Result<PathBuf> {
+    let workspace = Workspace::read()?;
+    let mut build = cargo::command();
+    build.args(["build", "--release", "--quiet"]);
+    for (package, program, _) in PROGRAMS {
+        build.args(["--package", package, "--bin", program]);
+    }
+    ensure!(build.status().context("cargo cannot be run")?.success(), "the hosts' programs cannot be built");
+    let mut archive = Archive::default();
+    FOLDERS.into_iter().try_for_each(|folder| archive.folders(folder))?;
+    // The first process finds its output there before it can mount anything.
+    archive.entry("/dev/console", CONSOLE, (5, 1), &[])?;
+    let mut libraries = BTreeSet::new();
+    for (_, program, at) in PROGRAMS {
+        let path = workspace.target_directory.join("release").join(program);
+        archive.file(&stripped(&path)?, at)?;
+        libraries.extend(linked_with(&path)?);
+    }
+    for library in libraries {
+        let at = library.to_str().context("a library's path is not UTF-8")?;
+        archive.file(&library, at)?;
+    }
+    archive.file(kernel, KERNEL)?;
+    let image = workspace.target_directory.join("e2e.cpio");
+    fs::write(&image, archive.finish()?).with_context(|| format!("cannot write {}", image.display()))?;
+    Ok(image)
+}
+
+/// A copy without what only a debugger reads: the next kernel starts in little memory.
+fn stripped(program: &Path) -> Result<PathBuf> {
+    let copy = program.with_extension("stripped");
+    let status = Command::new("strip").arg("-o").arg(&copy).arg(program).status();
+    ensure!(status.context("strip cannot be run: it is in Debian's binutils")?.success(), "strip failed");
+    Ok(copy)
+}
+
+/// The libraries of a program, and what loads them.
+fn linked_with(program: &Path) -> Result<Vec<PathBuf>> {
+    let listed = Command::new("ldd").arg(program).output().context("ldd cannot be run")?;
+    ensure!(listed.status.success(), "ldd {}: {}", program.display(), listed.status);
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let paths = listed.lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
+    Ok(paths.map(PathBuf::from).collect())
+}
+
+/// An archive of the kernel's kind.
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    folders: BTreeSet<String>,
+    entries: u32,
+}
+
+impl Archive {
+    /// A folder, and those that it is in.
+    fn folders(&mut self, path: &str) -> Result<()> {
+        let ends = path.char_indices().filter(|(at, byte)| *byte == '/' && *at > 0).map(|(at, _)| at);
+        for end in ends.chain([path.len()]) {
+            if self.folders.insert(path[..end].to_owned()) {
+                self.entry(&path[..end], FOLDER, (0, 0), &[])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, from: &Path, to: &str) -> Result<()> {
+        if let Some((folder, _)) = to.rsplit_once('/').filter(|(folder, _)| !folder.is_empty()) {
+            self.folders(folder)?;
+        }
+        let bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+        self.entry(to, PROGRAM, (0, 0), &bytes)
+    }
+
+    fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), bytes: &[u8]) -> Result<()> {
+        self.entries += 1;
+        let name = path.trim_start_matches('/');
+        let (length, name_length) = (u32::try_from(bytes.len())?, u32::try_from(name.len() + 1)?);
+        let fields = [self.entries, mode, 0, 0, 1, 0, length, 0, 0, device.0, device.1, name_length, 0];
+        let mut header = "070701".to_owned();
+        fields.into_iter().try_for_each(|field| write!(header, "{field:08x}"))?;
+        self.bytes.extend(header.bytes().chain(name.bytes()).chain([0]));
+        self.pad();
+        self.bytes.extend(bytes);
+        self.pad();
+        Ok(())
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn finish(mut self) -> Result<Vec<u8>> {
+        self.entry("TRAILER!!!", 0, (0, 0), &[])?;
+        // As it lies on a disk, too.
+        self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
+        Ok(self.bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_come_once_and_before_what_is_in_them() {
+        let mut archive = Archive::default();
+        archive.folders("/usr/lib").unwrap();
+        archive.folders("/usr/lib/x").unwrap();
+        assert_eq!(archive.folders, ["/usr", "/usr/lib", "/usr/lib/x"].map(str::to_owned).into());
+        let text = String::from_utf8_lossy(&archive.bytes).into_owned();
+        assert!(text.find("usr\0") < text.find("usr/lib\0") && archive.entries == 3);
+        assert_eq!(archive.finish().unwrap().len() % 512, 0);
+    }
+}

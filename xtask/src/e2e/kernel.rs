@@ -1,0 +1,196 @@
+//! The hosts' kernel: built once from Debian's newest kernel source, and kept outside the tree.
+
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::Stdio;
+
+use anyhow::Context as _;
+use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
+
+use crate::cargo::Workspace;
+
+/// The suite that has the newest kernels for today's stable release. Its name, as what `stable-backports` is may lag behind.
+const SUITE: &str = "trixie-backports";
+/// What a kernel is built with: programs, and Debian's packages that have them.
+const PROGRAMS: [(&str, &str); 6] = [
+    ("gcc", "gcc"),
+    ("make", "make"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("xz", "xz-utils"),
+];
+
+/// The kernel that is kept, or a new one if `build` says so; `None` if there is none then.
+pub(crate) fn kept_or_built(build: bool) -> Result<Option<PathBuf>> {
+    let fragment = Workspace::read()?.root.join("e2e/host/kernel.config");
+    let wanted = fs::read_to_string(&fragment).context("cannot read the kernel's configuration")?;
+    let cache = cache_folder()?;
+    let (kernel, built_with) = (cache.join("bzImage"), cache.join("built-with.config"));
+    let is_kept = kernel.is_file() && fs::read_to_string(&built_with).is_ok_and(|with| with == wanted);
+    if !is_kept && !build {
+        return Ok(None);
+    }
+    if !is_kept {
+        fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+        let built = self::build(&cache, &fragment)?;
+        fs::copy(built, &kernel).context("cannot keep the kernel")?;
+        fs::write(&built_with, wanted).context("cannot keep the kernel's configuration")?;
+        // A gigabyte and a half.
+        fs::remove_dir_all(cache.join("source")).context("cannot remove the kernel's source")?;
+    }
+    Ok(Some(kernel))
+}
+
+fn cache_folder() -> Result<PathBuf> {
+    let set = std::env::var_os("XDG_CACHE_HOME").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    Ok(set.or_else(home).context("neither XDG_CACHE_HOME nor HOME is set")?.join("tideover/e2e"))
+}
+
+fn build(cache: &Path, fragment: &Path) -> Result<PathBuf> {
+    let missing: Vec<&str> =
+        PROGRAMS.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
+    ensure!(
+        missing.is_empty(),
+        "a kernel cannot be built here: `apt-get install --no-install-recommends {}` first, or give one by --kernel",
+        missing.join(" ")
+    );
+    let source = fetch(cache)?;
+    println!("e2e: building the kernel in {} (once, 5 to 15 minutes)", source.display());
+    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let make = |arguments: &[&str]| {
+        let mut command = Command::new("make");
+        succeed(command.arg("-s").arg("-C").arg(&source).args(arguments), "make")
+    };
+    // As a variable of make's own: that of the environment is set anew by the kernel's makefile.
+    let asked = format!("KCONFIG_ALLCONFIG={}", fragment.display());
+    make(&[&asked, "tinyconfig"])?;
+    has_all(fragment, &source.join(".config"))?;
+    make(&[&format!("-j{jobs}"), "bzImage"])?;
+    Ok(source.join("arch/x86/boot/bzImage"))
+}
+
+/// Each option that was asked for is set: one whose dependencies are not there is left out without a word.
+fn has_all(fragment: &Path, config: &Path) -> Result<()> {
+    let (asked, set) = (fs::read_to_string(fragment)?, fs::read_to_string(config)?);
+    let missing: Vec<&str> = asked
+        .lines()
+        .filter(|line| line.ends_with("=y") && !set.lines().any(|other| other == *line))
+        .collect();
+    ensure!(missing.is_empty(), "this kernel cannot have {}", missing.join(", "));
+    Ok(())
+}
+
+/// The newest kernel's source, unpacked.
+fn fetch(cache: &Path) -> Result<PathBuf> {
+    let apt = Apt::set_up(cache)?;
+    let package = apt.newest_source()?;
+    println!("e2e: fetching {package}");
+    let folder = cache.join("source");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    succeed(
+        apt.command("apt-get").current_dir(&folder).args(["-q", "download", &package]),
+        "apt-get download",
+    )?;
+    let packages = fs::read_dir(&folder)?.collect::<std::io::Result<Vec<_>>>()?;
+    let [file] = &packages[..] else { bail!("{package} is not one file") };
+    succeed(Command::new("dpkg-deb").arg("-x").arg(file.path()).arg(&folder), "dpkg-deb")?;
+    let archive = folder.join(format!("usr/src/{package}.tar.xz"));
+    succeed(Command::new("tar").arg("-xf").arg(archive).arg("-C").arg(&folder), "tar")?;
+    Ok(folder.join(package))
+}
+
+/// apt-get with lists and a cache of its own: the machine's own stay as they are.
+struct Apt {
+    configuration: PathBuf,
+}
+
+impl Apt {
+    fn set_up(cache: &Path) -> Result<Self> {
+        let apt = cache.join("apt");
+        for folder in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(apt.join(folder))?;
+        }
+        let sources = apt.join("sources.list");
+        fs::write(&sources, format!("deb {} {SUITE} main\n", mirror()?))?;
+        let configuration = apt.join("apt.conf");
+        let shown = apt.display();
+        let text = format!(
+            "Dir::Etc::sourcelist \"{}\";\nDir::Etc::sourceparts \"-\";\nDir::State::lists \"{shown}/lists\";\n\
+             Dir::Cache \"{shown}/cache\";\nAPT::Sandbox::User \"root\";\n",
+            sources.display()
+        );
+        fs::write(&configuration, text)?;
+        let apt = Self { configuration };
+        succeed(apt.command("apt-get").args(["-q", "update"]), "apt-get update")?;
+        Ok(apt)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.arg("-c").arg(&self.configuration).stdin(Stdio::null());
+        command
+    }
+
+    fn newest_source(&self) -> Result<String> {
+        let search =
+            self.command("apt-cache").args(["search", "--names-only", "^linux-source-[0-9.]+$"]).output()?;
+        let listed = String::from_utf8_lossy(&search.stdout).into_owned();
+        let packages = listed.lines().filter_map(|line| line.split_whitespace().next());
+        let newest = packages.max_by_key(|package| version(package));
+        Ok(newest.with_context(|| format!("{SUITE} has no kernel source"))?.to_owned())
+    }
+}
+
+/// `linux-source-7.3` as 7, 3.
+fn version(package: &str) -> Vec<u32> {
+    package.rsplit('-').next().unwrap_or_default().split('.').map(|part| part.parse().unwrap_or(0)).collect()
+}
+
+/// Where this machine gets Debian's packages from.
+fn mirror() -> Result<String> {
+    let targets = Command::new("apt-get")
+        .args(["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages"])
+        .output()
+        .context("there is no apt-get: give a kernel by --kernel")?;
+    let listed = String::from_utf8_lossy(&targets.stdout).into_owned();
+    let debian = listed.lines().find_map(|line| line.strip_prefix("Debian Debian "));
+    Ok(debian.context("this machine's apt knows no Debian: give a kernel by --kernel")?.to_owned())
+}
+
+fn is_there(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
+/// Runs a command, whose output is shown only if it fails.
+fn succeed(command: &mut Command, what: &str) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("{what} cannot be run"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    let last: Vec<&str> = said.lines().rev().take(20).collect();
+    let last: Vec<&str> = last.into_iter().rev().collect();
+    bail!("{what}: {}:\n{}", output.status, last.join("\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_source_is_the_one_of_the_highest_version() {
+        let packages = ["linux-source-6.19", "linux-source-7.3", "linux-source-7.12", "linux-source-6.1"];
+        assert_eq!(packages.into_iter().max_by_key(|package| version(package)), Some("linux-source-7.12"));
+    }
+}

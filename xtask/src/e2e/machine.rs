@@ -1,0 +1,113 @@
+//! One emulated host, from its boot to its end.
+
+use std::io::BufRead as _;
+use std::io::BufReader;
+use std::path::Path;
+use std::process::Child;
+use std::process::Command;
+use std::process::Stdio;
+use std::sync::mpsc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use anyhow::Result;
+use anyhow::bail;
+
+/// How many of the last lines are shown of a host that failed.
+const LAST_LINES: usize = 30;
+
+/// What a host is to be.
+pub(crate) struct Host<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) image: &'a Path,
+    pub(crate) memory_mib: u32,
+    pub(crate) case: &'a str,
+    pub(crate) verbose: bool,
+}
+
+impl Host<'_> {
+    /// Boots it, and waits for what it says of its case.
+    pub(crate) fn run(&self, patience: Duration) -> Result<()> {
+        let mut emulator = Emulator(self.command()?.spawn().context(
+            "qemu-system-x86_64 cannot be run: `apt-get install --no-install-recommends qemu-system-x86`",
+        )?);
+        let lines = emulator.lines()?;
+        let until = Instant::now() + patience;
+        let mut said: Vec<String> = Vec::new();
+        loop {
+            let line = match lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => bail!("it says nothing in time{}", last(&said)),
+                Err(RecvTimeoutError::Disconnected) => bail!("it ended before its case did{}", last(&said)),
+            };
+            if self.verbose {
+                println!("    {line}");
+            }
+            match line.strip_prefix("e2e: ") {
+                Some("passed") => return Ok(()),
+                Some(failed) if failed.starts_with("FAILED ") => bail!("{}{}", &failed[7..], last(&said)),
+                _ => said.push(line),
+            }
+        }
+    }
+
+    fn command(&self) -> Result<Command> {
+        let bytes = std::fs::metadata(self.image)?.len();
+        let told = format!(
+            "console=ttyS0 panic=-1 kho=on kho_scratch=32M,96M,32M liveupdate=on e2e.case={} e2e.life=1 e2e.initrd={bytes}",
+            self.case
+        );
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m"])
+            .arg(format!("{}M", self.memory_mib))
+            .args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot", "-net", "none"])
+            .arg("-kernel")
+            .arg(self.kernel)
+            .arg("-initrd")
+            .arg(self.image)
+            .args(["-append", &told, "-drive"])
+            .arg(format!("file={},format=raw,if=virtio,readonly=on", self.image.display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        Ok(command)
+    }
+}
+
+/// It ends with this.
+struct Emulator(Child);
+
+impl Emulator {
+    /// What the host says on its console, line by line, without what could harm a terminal.
+    fn lines(&mut self) -> Result<mpsc::Receiver<String>> {
+        let output = self.0.stdout.take().context("the emulator has no output")?;
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || {
+            let mut lines = BufReader::new(output).split(b'\n');
+            while let Some(Ok(line)) = lines.next() {
+                let line = String::from_utf8_lossy(&line);
+                let line: String = line.chars().filter(|letter| !letter.is_control()).collect();
+                if tell.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(told)
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn last(said: &[String]) -> String {
+    let lines = said.iter().skip(said.len().saturating_sub(LAST_LINES));
+    lines.fold("; its last lines:".to_owned(), |text, line| text + "\n    " + line)
+}
