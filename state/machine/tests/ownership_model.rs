@@ -465,7 +465,8 @@ fn a_claim_that_ignores_the_epoch_is_noticed() {
 #[test]
 fn a_take_back_that_leaves_the_epoch_is_noticed() {
     let take_back = |found: OwnershipWord, sealed: OwnershipWord| {
-        ownership::take_back(found, sealed).map(|next| OwnershipWord::new(found.epoch(), next.state(), next.nonce()))
+        ownership::take_back(found, sealed)
+            .map(|next| OwnershipWord::new(found.epoch(), next.state(), next.nonce()))
     };
     assert_broken(Protocol { take_back, ..PROTOCOL }, FRESH_WORDS);
 }
