@@ -151,7 +151,8 @@ pub(crate) struct Update {
     /// How the machine gets to the new program.
     #[arg(long, value_enum, default_value_t = Carrier::Socket)]
     pub(crate) carrier: Carrier,
-    /// How long the guest may stand still before the update is called off.
+    /// How long the guest may stand still before the update is called off: a number and ms, s or min, or seconds
+    /// alone.
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = time::parse)]
     pub(crate) timeout: Duration,
     /// Do not enter the guest's pages into the successor's page tables before the pause.
