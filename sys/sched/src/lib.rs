@@ -98,8 +98,39 @@ pub fn set(thread: Option<i32>, scheduling: &Scheduling) -> Result<(), SchedErro
     set_attr(thread.unwrap_or_default(), &attr).map_err(failed("set the scheduling class", thread))
 }
 
+/// How a thread is scheduled, as the kernel says it. Reading and setting it takes no memory from the allocator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exact {
+    affinity: CpuSet,
+    attr: Attr,
+}
+
+impl Exact {
+    /// Reads how a thread of this process is scheduled: the calling one, or the one with this number.
+    ///
+    /// # Errors
+    /// [`SchedError`] if there is no such thread.
+    pub fn of(thread: Option<i32>) -> Result<Self, SchedError> {
+        let affinity = sched_getaffinity(thread.and_then(Pid::from_raw))
+            .map_err(|errno| failed("read the affinity", thread)(errno.into()))?;
+        let attr =
+            get_attr(thread.unwrap_or_default()).map_err(failed("read the scheduling class", thread))?;
+        Ok(Self { affinity, attr: Attr { size: ATTR_BYTES, ..attr } })
+    }
+
+    /// Has a thread of this process be scheduled so: the calling one, or the one with this number.
+    ///
+    /// # Errors
+    /// [`SchedError`] if there is no such thread, or this process has not the right.
+    pub fn give(&self, thread: Option<i32>) -> Result<(), SchedError> {
+        sched_setaffinity(thread.and_then(Pid::from_raw), &self.affinity)
+            .map_err(|errno| failed("set the affinity", thread)(errno.into()))?;
+        set_attr(thread.unwrap_or_default(), &self.attr).map_err(failed("set the scheduling class", thread))
+    }
+}
+
 /// The first version of `struct sched_attr`, which every kernel takes.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 struct Attr {
     size: u32,
@@ -145,6 +176,24 @@ mod tests {
         let seen = seen.join().unwrap();
         assert_eq!(seen, wanted);
         // This thread is as it was.
+        assert_eq!(get(None).unwrap(), all);
+    }
+
+    #[test]
+    fn what_is_read_exactly_can_be_given_to_another_thread() {
+        let all = get(None).unwrap();
+        let wanted = Scheduling { cpus: vec![all.cpus[0]], policy: 3, nice: 5, ..all.clone() };
+        let theirs = wanted.clone();
+        let exact = std::thread::spawn(move || {
+            set(None, &theirs).unwrap();
+            Exact::of(None).unwrap()
+        });
+        let exact = exact.join().unwrap();
+        let seen = std::thread::spawn(move || {
+            exact.give(None).unwrap();
+            get(None).unwrap()
+        });
+        assert_eq!(seen.join().unwrap(), wanted);
         assert_eq!(get(None).unwrap(), all);
     }
 
