@@ -1,15 +1,27 @@
 //! Parks the other threads of this process.
+//!
+//! A thread may be parked in the midst of anything, the allocator too, whose locks it keeps then. So from the first signal
+//! until the threads go on nothing here allocates, frees or takes a lock: what is needed is there before.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::mem;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicPtr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::fs::RawDir;
+use rustix::fs::SeekFrom;
+
+use crate::files;
+use crate::files::OfThread;
 use crate::go::AsideError;
 use crate::task::CANNOT;
 use crate::task::FREE;
@@ -18,19 +30,32 @@ use crate::task::PARKED;
 use crate::task::Slot;
 
 /// Threads that can step aside at once; the last slot is that of the one that makes them do so.
-const SLOTS: usize = 257;
+pub(crate) const SLOTS: usize = 257;
+/// Of them and of those that the kernel has made.
+const SEEN: usize = 4 * SLOTS;
+const LISTING_BYTES: usize = 1 << 15;
 
-/// They are static, so that a handler that comes late finds one, too.
-static TABLE: [Slot; SLOTS] = [const { Slot::new() }; SLOTS];
+type Table = [Slot; SLOTS];
+
+/// Where a thread finds its slot. What it points to is never freed: a handler that comes late reads it, too, and threads
+/// that have been left parked do for as long as their process executes nothing else.
+static TABLE: AtomicPtr<Table> = AtomicPtr::new(ptr::null_mut());
 
 /// How long to wait before looking whether a thread is still there.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// The slot of the thread that has the others step aside.
-pub(crate) fn own_slot() -> &'static Slot {
-    let slot = &TABLE[SLOTS - 1];
-    slot.give(gettid());
-    slot
+fn table() -> Option<&'static Table> {
+    // SAFETY: null, or a table that was leaked, of which nothing but atomics is ever changed.
+    unsafe { TABLE.load(Ordering::Acquire).as_ref() }
+}
+
+/// The table, made if there is none.
+fn lay_table() -> &'static Table {
+    table().unwrap_or_else(|| {
+        let table: &'static mut Table = Box::leak(Box::new([const { Slot::new() }; SLOTS]));
+        TABLE.store(table, Ordering::Release);
+        table
+    })
 }
 
 pub(crate) fn gettid() -> i32 {
@@ -80,7 +105,7 @@ extern "C" fn on_signal(_signal: libc::c_int) {
     // SAFETY: gives the address of this thread's own errno, which is an int.
     let errno = unsafe { *libc::__errno_location() };
     let tid = gettid();
-    if let Some(slot) = TABLE[..SLOTS - 1].iter().find(|slot| slot.take(tid)) {
+    if let Some(slot) = table().and_then(|table| table[..SLOTS - 1].iter().find(|slot| slot.take(tid))) {
         slot.park();
     }
     // SAFETY: as above. If another task goes on here it has this thread's errno, too.
@@ -110,68 +135,127 @@ impl Drop for Blocked {
     }
 }
 
+/// Why not all threads are parked. Saying it whole takes an allocation, which has to wait until they go on.
+#[derive(Debug)]
+pub(crate) enum Obstacle {
+    Threads(io::Error),
+    TooMany,
+    Cannot(i32),
+    Stuck(i32, OfThread<64>),
+}
+
+impl From<Obstacle> for AsideError {
+    fn from(obstacle: Obstacle) -> Self {
+        match obstacle {
+            Obstacle::Threads(source) => Self::Threads(source),
+            Obstacle::TooMany => Self::TooMany { most: SLOTS - 1 },
+            Obstacle::Cannot(thread) => Self::Cannot { thread },
+            Obstacle::Stuck(thread, why) => Self::Stuck { thread, why: why.text() },
+        }
+    }
+}
+
 /// Threads that are parked. They go on when it is dropped, unless they [stay](Parked::stay).
 #[derive(Debug)]
 pub(crate) struct Parked {
+    table: &'static Table,
     pub(crate) slots: Vec<&'static Slot>,
+    seen: Vec<i32>,
+    tasks: OwnedFd,
+    listing: Vec<MaybeUninit<u8>>,
 }
 
 impl Parked {
-    /// Parks every thread of this process but those of `except`.
-    pub(crate) fn gather(except: &[i32], patience: Duration) -> Result<Self, AsideError> {
-        let until = Instant::now() + patience;
-        let mut parked = Self { slots: Vec::new() };
-        // A thread that has stepped aside before may not have left its slot yet.
-        let mut free = TABLE[..SLOTS - 1].iter().filter(|slot| slot.is_free());
-        let mut seen: BTreeSet<i32> = except.iter().copied().collect();
-        // Until a look finds nobody new: a thread that is not parked yet may make others.
-        loop {
-            let threads = threads().map_err(AsideError::Threads)?;
-            let new: Vec<i32> = threads.into_iter().filter(|tid| seen.insert(*tid)).collect();
-            if new.is_empty() {
-                return Ok(parked);
-            }
-            for tid in new.iter().filter(|tid| !is_the_kernels(**tid)) {
-                let slot = free.next().ok_or(AsideError::TooMany { most: SLOTS - 1 })?;
-                slot.give(*tid);
-                if tell(*tid, signal()) {
-                    parked.slots.push(slot);
-                }
-            }
-            parked.await_all(until)?;
-        }
+    /// None yet, and room for all.
+    pub(crate) fn nobody() -> Result<Self, AsideError> {
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let tasks = rustix::fs::open(c"/proc/self/task", flags, Mode::empty())
+            .map_err(|errno| AsideError::Threads(errno.into()))?;
+        let (slots, seen) = (Vec::with_capacity(SLOTS), Vec::with_capacity(SEEN));
+        Ok(Self {
+            table: lay_table(),
+            slots,
+            seen,
+            tasks,
+            listing: vec![MaybeUninit::uninit(); LISTING_BYTES],
+        })
     }
 
-    fn await_all(&mut self, until: Instant) -> Result<(), AsideError> {
-        for slot in self.slots.clone() {
-            loop {
-                let tid = slot.tid.load(Ordering::Acquire);
-                match slot.state.load(Ordering::Acquire) {
-                    PARKED => break,
-                    CANNOT => {
-                        self.leave_out(slot);
-                        return Err(AsideError::Cannot { thread: tid });
-                    }
-                    // It was about to end.
-                    _ if !tell(tid, 0) => {
-                        self.leave_out(slot);
-                        break;
-                    }
-                    state if Instant::now() < until => slot.wait(state, LOOK),
-                    _ => return Err(AsideError::Stuck { thread: tid, why: wchan(tid) }),
+    /// The slot of the thread that has the others step aside.
+    pub(crate) fn own_slot(&self) -> &'static Slot {
+        let slot = &self.table[SLOTS - 1];
+        slot.give(gettid());
+        slot
+    }
+
+    /// Parks every thread of this process but those of `except`.
+    pub(crate) fn gather(&mut self, except: &[i32], patience: Duration) -> Result<(), Obstacle> {
+        let until = Instant::now() + patience;
+        self.seen.extend_from_slice(except);
+        // Until a look finds nobody new: a thread that is not parked yet may make others.
+        while self.invite()? {
+            self.await_all(until)?;
+        }
+        Ok(())
+    }
+
+    /// Sends the signal to all that have not been seen before, if there are any.
+    fn invite(&mut self) -> Result<bool, Obstacle> {
+        let failed = |errno: rustix::io::Errno| Obstacle::Threads(errno.into());
+        rustix::fs::seek(&self.tasks, SeekFrom::Start(0)).map_err(failed)?;
+        let before = self.seen.len();
+        let mut listing = RawDir::new(&self.tasks, &mut self.listing);
+        while let Some(entry) = listing.next() {
+            let entry = entry.map_err(failed)?;
+            let number = entry.file_name().to_str().ok().and_then(|name| name.parse::<i32>().ok());
+            let Some(tid) = number.filter(|tid| !self.seen.contains(tid)) else { continue };
+            // What has no room would be an allocation.
+            if self.seen.len() == SEEN {
+                return Err(Obstacle::TooMany);
+            }
+            self.seen.push(tid);
+            if is_the_kernels(tid) {
+                continue;
+            }
+            // A thread that has stepped aside before may not have left its slot yet.
+            let mut free = self.table[..SLOTS - 1].iter().filter(|slot| slot.is_free());
+            let slot = free.next().ok_or(Obstacle::TooMany)?;
+            slot.give(tid);
+            match tell(tid, signal()) {
+                true => self.slots.push(slot),
+                false => _ = slot.withdraw(),
+            }
+        }
+        Ok(self.seen.len() > before)
+    }
+
+    fn await_all(&mut self, until: Instant) -> Result<(), Obstacle> {
+        let mut next = 0;
+        while let Some(slot) = self.slots.get(next).copied() {
+            let tid = slot.tid.load(Ordering::Acquire);
+            match slot.state.load(Ordering::Acquire) {
+                PARKED => next += 1,
+                CANNOT => {
+                    self.slots.remove(next);
+                    return Err(Obstacle::Cannot(tid));
                 }
+                // It was about to end.
+                _ if !tell(tid, 0) => {
+                    slot.withdraw();
+                    self.slots.remove(next);
+                }
+                state if Instant::now() < until => slot.wait(state, LOOK),
+                _ => return Err(Obstacle::Stuck(tid, files::read(tid, "wchan"))),
             }
         }
         Ok(())
     }
 
-    fn leave_out(&mut self, gone: &Slot) {
-        self.slots.retain(|slot| !ptr::eq(*slot, gone));
-    }
-
-    /// They never go on: others do in their place.
+    /// They never go on: others do in their place. Their table stays theirs, so that nothing that is said in the next one
+    /// is heard by them.
     pub(crate) fn stay(mut self) {
         self.slots.clear();
+        TABLE.store(ptr::null_mut(), Ordering::Release);
     }
 }
 
@@ -190,23 +274,15 @@ impl Drop for Parked {
     }
 }
 
-/// Numbers of this process's threads.
-fn threads() -> io::Result<Vec<i32>> {
-    let number = |entry: io::Result<std::fs::DirEntry>| -> io::Result<Option<i32>> {
-        Ok(entry?.file_name().to_str().and_then(|name| name.parse().ok()))
-    };
-    std::fs::read_dir("/proc/self/task")?.filter_map(|entry| number(entry).transpose()).collect()
-}
-
 /// A thread that the kernel has made in this process for itself, as KVM does. It runs nothing of this program's, takes
 /// no signal, and ends with its process.
 fn is_the_kernels(tid: i32) -> bool {
     /// `PF_IO_WORKER`, `PF_USER_WORKER`.
     const WORKER: u64 = 0x10 | 0x4000;
-    let stat = std::fs::read_to_string(format!("/proc/self/task/{tid}/stat")).unwrap_or_default();
+    let stat = files::read::<256>(tid, "stat");
     // What comes before is the thread's name, in which there may be anything.
     let flags =
-        stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
+        stat.str().rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
     flags.is_some_and(|flags| flags & WORKER != 0)
 }
 
@@ -214,9 +290,4 @@ fn is_the_kernels(tid: i32) -> bool {
 fn tell(tid: i32, signal: i32) -> bool {
     // SAFETY: tgkill has no conditions on memory.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) == 0 }
-}
-
-/// Where in the kernel a thread waits, if the kernel says so.
-fn wchan(tid: i32) -> String {
-    std::fs::read_to_string(format!("/proc/self/task/{tid}/wchan")).unwrap_or_default()
 }

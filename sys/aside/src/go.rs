@@ -1,6 +1,5 @@
 //! The way aside.
 
-use std::fs;
 use std::io;
 use std::mem;
 use std::os::fd::AsRawFd;
@@ -19,17 +18,20 @@ use std::time::Instant;
 
 use rustix::event::PollFd;
 use rustix::event::PollFlags;
+use rustix::event::Timespec;
 use rustix::process::Pid;
 use rustix::process::PidfdFlags;
-use sched::Scheduling;
+use sched::Exact;
 use thiserror::Error;
 
 use crate::descriptors::inherit;
+use crate::files;
+use crate::files::OfThread;
 use crate::gather::Blocked;
 use crate::gather::Parked;
+use crate::gather::SLOTS;
 use crate::gather::gettid;
 use crate::gather::install_handler;
-use crate::gather::own_slot;
 use crate::task::END;
 use crate::task::GO;
 use crate::task::PARKED;
@@ -116,13 +118,21 @@ pub fn step_aside(
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     install_handler()?;
     let left = process::id();
+    let here = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
+        .map_err(|errno| AsideError::Clone(errno.into()))?;
     let stayer = Stayer::start(luggage.iter().map(AsRawFd::as_raw_fd).collect(), stays)?;
     let blocked = Blocked::all();
+    // From the first signal until all go on nothing allocates or frees: see `gather`. So they go on, when `parked` is
+    // dropped, before anything else is.
+    let mut traits = Vec::with_capacity(SLOTS);
+    let mut parked = Parked::nobody()?;
     let begun = Instant::now();
-    let parked = Parked::gather(&[gettid(), stayer.thread], patience)?;
-    let traits: Vec<Traits> =
-        parked.slots.iter().map(|slot| Traits::of(slot.tid.load(Ordering::Acquire))).collect();
-    let own = own_slot();
+    if let Err(obstacle) = parked.gather(&[gettid(), stayer.thread], patience) {
+        drop(parked);
+        return Err(obstacle.into());
+    }
+    traits.extend(parked.slots.iter().map(|slot| Traits::of(slot.tid.load(Ordering::Acquire))));
+    let own = parked.own_slot();
     let alternate = SignalStack::get();
     own.depart().map_err(AsideError::Clone)?;
     // From here on in the other process.
@@ -137,22 +147,18 @@ pub fn step_aside(
     alternate.set();
     drop(blocked);
     // Else the `execve` could end this thread's old self before that has reaped the process by way of which it left.
-    await_state(own, PARKED);
+    await_departed(own, &here);
     stayer.go();
     Ok(Aside { left, others, stopped })
 }
 
 /// Makes a thread in the place of each that is parked, all of which wait at their gates; or none.
 fn replace_all(parked: &Parked, traits: &[Traits]) -> io::Result<()> {
-    let mut made = Vec::new();
-    for (slot, traits) in parked.slots.iter().zip(traits) {
+    for (made, (slot, traits)) in parked.slots.iter().zip(traits).enumerate() {
         match slot.replace() {
-            Ok(tid) => {
-                traits.give(tid);
-                made.push(slot);
-            }
+            Ok(tid) => traits.give(tid),
             Err(error) => {
-                for slot in made {
+                for slot in &parked.slots[..made] {
                     await_state(slot, READY);
                     Slot::say(&slot.gate, END);
                     slot.await_end();
@@ -164,8 +170,24 @@ fn replace_all(parked: &Parked, traits: &[Traits]) -> io::Result<()> {
         }
     }
     // Only then does the C library know their numbers.
-    made.into_iter().for_each(|slot| await_state(slot, READY));
+    parked.slots.iter().for_each(|slot| await_state(slot, READY));
     Ok(())
+}
+
+/// Waits until the thread that the caller was does nothing more, be it that its process, `left`, was killed.
+fn await_departed(own: &Slot, left: &OwnedFd) {
+    let killed = || {
+        let mut polled = [PollFd::new(left, PollFlags::IN)];
+        rustix::event::poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))
+            .is_ok_and(|ready| ready > 0)
+    };
+    loop {
+        match own.state.load(Ordering::Acquire) {
+            PARKED => return,
+            _ if killed() => return,
+            state => own.wait(state, Duration::from_millis(1)),
+        }
+    }
 }
 
 fn await_state(slot: &Slot, awaited: u32) {
@@ -179,24 +201,23 @@ fn await_state(slot: &Slot, awaited: u32) {
 
 /// What a new thread does not have from the one in whose place it is.
 struct Traits {
-    name: Option<String>,
-    scheduling: Option<Scheduling>,
+    name: OfThread<32>,
+    scheduling: Option<Exact>,
 }
 
 impl Traits {
     fn of(tid: i32) -> Self {
-        let name = fs::read_to_string(format!("/proc/self/task/{tid}/comm")).ok();
-        Self { name, scheduling: sched::get(Some(tid)).ok() }
+        Self { name: files::read(tid, "comm"), scheduling: Exact::of(Some(tid)).ok() }
     }
 
     /// As far as this process may: a thread without its name is better than none.
     fn give(&self, tid: i32) {
-        if let Some(name) = &self.name {
-            let _ = fs::write(format!("/proc/self/task/{tid}/comm"), name.trim_end());
+        if !self.name.bytes().is_empty() {
+            files::write(tid, "comm", self.name.bytes());
         }
-        let usual = sched::get(None).ok();
+        let usual = Exact::of(None).ok();
         if let Some(scheduling) = self.scheduling.as_ref().filter(|own| Some(*own) != usual.as_ref()) {
-            let _ = sched::set(Some(tid), scheduling);
+            let _ = scheduling.give(Some(tid));
         }
     }
 }

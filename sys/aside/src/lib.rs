@@ -33,6 +33,7 @@
 )]
 
 mod descriptors;
+mod files;
 mod gather;
 mod go;
 mod task;

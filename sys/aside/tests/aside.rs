@@ -191,6 +191,20 @@ fn plays_its_role_if_it_has_one() {
             step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap();
             assert_ne!(process::id(), before);
         }
+        "fails after it stepped aside" => {
+            step_aside(Vec::new(), execute("/nowhere"), PATIENCE).unwrap();
+            refuse_threads();
+            for _ in 0..20 {
+                let error = step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap_err();
+                assert!(matches!(error, AsideError::Clone(_)), "{error:?}");
+            }
+        }
+        "allocates" => allocates(),
+        "is killed" => {
+            deny(libc::SYS_wait4, Vec::new(), SeccompAction::KillProcess);
+            step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap();
+            assert_ne!(process::id(), before);
+        }
         other => panic!("{other}"),
     }
     busy.check();
@@ -215,14 +229,41 @@ fn refuse_threads() {
     let makes_thread =
         SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(thread), thread).unwrap();
     let rule = SeccompRule::new(vec![makes_thread]).unwrap();
+    deny(libc::SYS_clone, vec![rule], SeccompAction::Errno(1));
+}
+
+/// What the kernel does when this thread, or one that it makes, makes such a system call.
+fn deny(call: libc::c_long, rules: Vec<SeccompRule>, action: SeccompAction) {
     let filter = SeccompFilter::new(
-        [(libc::SYS_clone, vec![rule])].into_iter().collect(),
+        [(call, rules)].into_iter().collect(),
         SeccompAction::Allow,
-        SeccompAction::Errno(1),
+        action,
         std::env::consts::ARCH.try_into().unwrap(),
     );
     let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
     seccompiler::apply_filter(&program).unwrap();
+}
+
+/// Steps aside while other threads are in the midst of the allocator, whose locks they hold for this one's memory, too.
+fn allocates() {
+    let ends = Arc::new(AtomicBool::new(false));
+    let start = || {
+        let (give, given) = std::sync::mpsc::sync_channel::<Vec<Vec<u8>>>(4);
+        let frees = thread::spawn(move || given.into_iter().for_each(drop));
+        let ends = Arc::clone(&ends);
+        let makes = thread::spawn(move || {
+            while !ends.load(Ordering::Acquire) {
+                let _ = give.send((1..200).map(|size| vec![7; size * 16]).collect());
+            }
+        });
+        [makes, frees]
+    };
+    let threads: Vec<_> = (0..20).flat_map(|_| start()).collect();
+    for _ in 0..100 {
+        step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap();
+    }
+    ends.store(true, Ordering::Release);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
 /// A process in a role, and where it says how it went.
@@ -239,6 +280,8 @@ impl Player {
             .args(["--exact", "plays_its_role_if_it_has_one", "--nocapture"])
             .env(ROLE, role)
             .env(SAYS, &says)
+            // All threads share the allocator's one lock.
+            .env("MALLOC_ARENA_MAX", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -282,8 +325,9 @@ fn threads_go_on_elsewhere_while_their_process_executes_another_program() {
     let aside = player.well();
     assert_ne!(aside, player.child.id());
     await_that("it does not execute cat", || player.name() == "cat");
-    player.child.stdin.take().unwrap().write_all(b"still here").unwrap();
+    // What it says at its end goes to the same output.
     await_that("the other process does not end", || is_gone(aside));
+    player.child.stdin.take().unwrap().write_all(b"still here").unwrap();
     let mut said = String::new();
     player.child.stdout.take().unwrap().read_to_string(&mut said).unwrap();
     assert!(said.ends_with("still here"), "{said}");
@@ -320,6 +364,24 @@ fn a_process_that_cannot_execute_waits_for_the_other_and_ends_with_it() {
 fn without_threads_in_the_other_process_all_go_on_in_this_one() {
     let player = Player::start("cannot make threads");
     assert_eq!(player.well(), player.child.id());
+}
+
+#[test]
+fn threads_that_could_not_execute_before_can_fail_to_step_aside_again() {
+    let player = Player::start("fails after it stepped aside");
+    assert_ne!(player.well(), player.child.id());
+}
+
+#[test]
+fn threads_that_hold_the_allocators_locks_step_aside() {
+    let player = Player::start("allocates");
+    assert_ne!(player.well(), player.child.id());
+}
+
+#[test]
+fn the_other_process_goes_on_without_the_one_that_is_killed_while_it_leaves() {
+    let player = Player::start("is killed");
+    assert_ne!(player.well(), player.child.id());
 }
 
 #[test]
