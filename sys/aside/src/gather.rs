@@ -23,6 +23,7 @@ use rustix::fs::SeekFrom;
 use crate::files;
 use crate::files::OfThread;
 use crate::go::AsideError;
+use crate::kernel;
 use crate::task::CANNOT;
 use crate::task::FREE;
 use crate::task::GO;
@@ -97,6 +98,7 @@ pub(crate) fn install_handler() -> Result<(), AsideError> {
     if unsafe { libc::sigaction(signal(), &raw const action, ptr::null_mut()) } != 0 {
         return Err(failed());
     }
+    kernel::learn();
     *installed = true;
     Ok(())
 }

@@ -36,6 +36,7 @@ mod descriptors;
 mod files;
 mod gather;
 mod go;
+mod kernel;
 mod task;
 
 pub use descriptors::inherit;

@@ -13,6 +13,8 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use crate::kernel::Told;
+
 /// Of [`Slot::state`]: the slot is nobody's, or its thread has gone on.
 pub(crate) const FREE: u32 = 0;
 /// The thread is parked.
@@ -147,18 +149,18 @@ impl Slot {
     /// Parks the calling thread, from within a handler during which no signal comes. Returns in it when it is told to go
     /// on, or in the thread that goes on in its place.
     pub(crate) fn park(&self) {
-        let thread_pointer: usize;
-        // SAFETY: on x86-64 Linux the word that the thread pointer points to is that pointer itself.
-        unsafe { asm!("mov {}, fs:0", out(reg) thread_pointer, options(nostack, readonly, preserves_flags)) };
+        let thread_pointer = thread_pointer();
         self.thread_pointer.store(thread_pointer, Ordering::Release);
         if !self.end_untold() {
             return Self::say(&self.state, CANNOT);
         }
-        // SAFETY: the slot is static. No signal comes, so nothing uses the stack of a thread that is parked; what goes
+        let told = Told::take(thread_pointer);
+        // SAFETY: the slot is never freed. No signal comes, so nothing uses the stack of a thread that is parked; what goes
         // on in its place has its registers, stack and thread-local storage, and it never runs again then.
         if unsafe { tideover_aside_park(self) } == 0 {
             self.end_told();
         }
+        told.tell();
         Self::say(&self.state, FREE);
     }
 
@@ -169,9 +171,12 @@ impl Slot {
             return Err(std::io::Error::last_os_error());
         }
         let address = self.tid_address.load(Ordering::Acquire);
-        // SAFETY: the slot is static; the address is where the C library keeps this thread's number, and lasts as long
+        let told = Told::take(thread_pointer());
+        // SAFETY: the slot is never freed; the address is where the C library keeps this thread's number, and lasts as long
         // as the thread, be it this task or its copy. No signal comes, so one of the two uses the stack at a time.
-        if unsafe { tideover_aside_depart(self, address) } == 1 {
+        let departed = unsafe { tideover_aside_depart(self, address) };
+        told.tell();
+        if departed == 1 {
             return Ok(());
         }
         self.end_told();
@@ -184,9 +189,11 @@ impl Slot {
         self.errno.store(-error.raw_os_error().unwrap_or(libc::EAGAIN), Ordering::Release);
         // Else the kernel could clear the number when the other task has written its own there.
         self.end_untold();
-        // SAFETY: the slot is static, and the thread that it is of is parked in `depart`. It goes on from here with
+        let told = Told::take(thread_pointer());
+        // SAFETY: the slot is never freed, and the thread that it is of is parked in `depart`. It goes on from here with
         // these registers and this stack, and this task touches neither again.
         unsafe { tideover_aside_come_back(self) };
+        told.tell();
         self.end_told();
     }
 
@@ -205,7 +212,7 @@ impl Slot {
             | libc::CLONE_SETTLS
             | libc::CLONE_CHILD_SETTID
             | libc::CLONE_CHILD_CLEARTID;
-        // SAFETY: the slot is static. The thread that it is of is parked, so that its stack and its thread-local storage
+        // SAFETY: the slot is never freed. The thread that it is of is parked, so that its stack and its thread-local storage
         // are used by nobody, and it does not go on before the new one has ended: see `go`. The address is where the C
         // library keeps that thread's number.
         let tid =
@@ -230,6 +237,13 @@ impl Slot {
             }
         }
     }
+}
+
+fn thread_pointer() -> usize {
+    let pointer: usize;
+    // SAFETY: on x86-64 Linux the word that the thread pointer points to is that pointer itself.
+    unsafe { asm!("mov {}, fs:0", out(reg) pointer, options(nostack, readonly, preserves_flags)) };
+    pointer
 }
 
 /// Waits until a word is another, or for so long, or a little less.

@@ -205,6 +205,7 @@ fn plays_its_role_if_it_has_one() {
             step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap();
             assert_ne!(process::id(), before);
         }
+        "keeps what the kernel knows" => keeps_what_the_kernel_knows(),
         other => panic!("{other}"),
     }
     busy.check();
@@ -264,6 +265,39 @@ fn allocates() {
     }
     ends.store(true, Ordering::Release);
     threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+/// A thread that goes on elsewhere is the owner of the locks that it held, and is told on which processor it is.
+fn keeps_what_the_kernel_knows() {
+    // SAFETY: all zeros are a mutex and attributes to be initialised.
+    let (mut mutex, mut robust) =
+        unsafe { std::mem::zeroed::<(libc::pthread_mutex_t, libc::pthread_mutexattr_t)>() };
+    // SAFETY: both are locals, which outlive the calls, and the mutex stays where it is.
+    let locked = unsafe {
+        libc::pthread_mutexattr_init(&raw mut robust);
+        libc::pthread_mutexattr_setrobust(&raw mut robust, libc::PTHREAD_MUTEX_ROBUST);
+        libc::pthread_mutex_init(&raw mut mutex, &raw const robust);
+        libc::pthread_mutex_lock(&raw mut mutex)
+    };
+    assert_eq!(locked, 0);
+    let player = process::id();
+    step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap();
+    await_that("it does not execute cat", || {
+        fs::read_to_string(format!("/proc/{player}/comm")).is_ok_and(|name| name.trim() == "cat")
+    });
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::pthread_mutex_trylock(&raw mut mutex) }, libc::EBUSY);
+    let processors = thread::available_parallelism().unwrap().get();
+    for processor in (0..processors).chain(0..processors) {
+        // SAFETY: all zeros are an empty set; the calls read and write the local.
+        let at = unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(processor, &mut set);
+            libc::sched_setaffinity(0, size_of_val(&set), &raw const set);
+            libc::sched_getcpu()
+        };
+        assert_eq!(usize::try_from(at), Ok(processor));
+    }
 }
 
 /// A process in a role, and where it says how it went.
@@ -381,6 +415,12 @@ fn threads_that_hold_the_allocators_locks_step_aside() {
 #[test]
 fn the_other_process_goes_on_without_the_one_that_is_killed_while_it_leaves() {
     let player = Player::start("is killed");
+    assert_ne!(player.well(), player.child.id());
+}
+
+#[test]
+fn what_the_kernel_keeps_for_a_thread_goes_with_it() {
+    let player = Player::start("keeps what the kernel knows");
     assert_ne!(player.well(), player.child.id());
 }
 
