@@ -24,7 +24,8 @@
 //!
 //! Its number and its process's number; what had asked for them before knows the old ones. `pthread_kill` and joining go
 //! on working. Name, processors and scheduling class are carried over, the last as far as this process has the right.
-//! A system call that it sat in may return EINTR.
+//! A system call that it sat in may return EINTR. What has noted a thread's number as the owner of a lock (`pthread_mutex`
+//! that is recursive, robust, error-checking or inherits priority) does not know the owner again.
 //!
 //! On Linux before 6.13 a vCPU whose thread changes waits, once, for a grace period of RCU (some 10 ms).
 #![expect(
