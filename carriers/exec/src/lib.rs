@@ -22,6 +22,7 @@
 
 mod handoff;
 mod life;
+mod reap;
 mod replace;
 
 pub use handoff::Handoff;

@@ -11,6 +11,7 @@ use socket::ProgramError;
 use thiserror::Error;
 
 use crate::handoff::Handoff;
+use crate::reap::reap;
 
 /// Why this program does not run the machine. The guest runs where it ran before.
 #[derive(Debug, Error)]
@@ -89,11 +90,13 @@ pub struct Life {
 }
 
 impl Life {
-    /// Takes what the program before left.
+    /// Takes what the program before left. To be called before this program starts another one: children that this process
+    /// has now are waited for.
     ///
     /// # Errors
     /// [`LifeError`] if it is not there.
     pub fn begin(handoff: &Handoff) -> Result<Self, LifeError> {
+        reap();
         let channel = channel(handoff.channel)?;
         let way_back = handoff.back.map(|back| {
             let program = Program::opened(take(back.program)?);
