@@ -347,7 +347,7 @@ impl Guest for KvmGuest {
         let vm = VmState::save(&self.vm).map_err(below("save the VM"))?;
         let mut states = vec![(VM_STATE, vm.encode()), (DEVICES_STATE, self.board.save()?)];
         let end = Instant::now() + self.patience;
-        for (vcpu, index) in self.vcpus.iter().zip(0..) {
+        for (vcpu, index) in self.vcpus.iter_mut().zip(0..) {
             states.push((vcpu_state(index), vcpu.await_saved(end)?));
         }
         Ok(states)
@@ -385,9 +385,9 @@ impl Served for KvmGuest {
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
-        self.runs = true;
         self.board.resume();
         self.vcpus.iter_mut().try_for_each(VcpuThread::run)?;
+        self.runs = true;
         // Should a vCPU's thread wait for this processor, it gets it now.
         thread::yield_now();
         self.attend();

@@ -183,11 +183,15 @@ impl VcpuThread {
 
     /// Begins to save a vCPU that stands still.
     pub(crate) fn begin_save(&self) -> Result<(), GuestError> {
-        self.order(Order::Save)
+        // As long as it has not run, its thread does not have it.
+        if self.idle.is_some() { Ok(()) } else { self.order(Order::Save) }
     }
 
     /// What was saved: an encoded [`VcpuState`].
-    pub(crate) fn await_saved(&self, end: Instant) -> Result<Vec<u8>, GuestError> {
+    pub(crate) fn await_saved(&mut self, end: Instant) -> Result<Vec<u8>, GuestError> {
+        if let Some(hand) = &mut self.idle {
+            return hand.saved();
+        }
         loop {
             if let Reply::Saved(state) = self.reply("get saved", end)? {
                 return state;
@@ -323,7 +327,15 @@ impl Hand {
     }
 
     fn tell_saved(&mut self) -> Result<(), SendError<Reply>> {
-        let saved = self.saver.save(&self.vcpu).map(VcpuState::encode);
-        self.answer.send(Reply::Saved(saved.map_err(below("save the vCPU"))))
+        let saved = self.saved();
+        self.answer.send(Reply::Saved(saved))
+    }
+
+    /// Its state. Of one that was loaded and has not run since, what was loaded: the vCPU itself does not have all of it.
+    fn saved(&mut self) -> Result<Vec<u8>, GuestError> {
+        match &self.unfinished {
+            Some(loaded) => Ok(loaded.encode()),
+            None => self.saver.save(&self.vcpu).map(VcpuState::encode).map_err(below("save the vCPU")),
+        }
     }
 }

@@ -127,17 +127,31 @@ fn connections_live_through_an_update_and_are_answered_after_it() {
 }
 
 #[test]
-fn a_paused_guest_stands_still_through_an_update_until_it_is_resumed() {
+fn a_paused_guest_stands_still_through_updates_until_it_is_resumed() {
     let host = Host::new();
-    host.run("m");
+    stands_still_through_updates(&host, "thread");
+}
+
+#[test]
+fn a_paused_guest_of_kvm_stands_still_through_updates_until_it_is_resumed() {
+    harness::need!(kvm);
+    let host = Host::new();
+    stands_still_through_updates(&host, "kvm");
+}
+
+fn stands_still_through_updates(host: &Host, guest: &str) {
+    host.json(&["run", "m", "--guest", guest, "--memory", "8MiB", "--vcpus", "2"]);
     let ticks = || host.json(&["status", "m"])["ticks"].as_u64().unwrap();
     assert_eq!(host.json(&["pause", "m"])["state"], "paused");
     assert_eq!(host.json(&["pause", "m"])["state"], "paused");
     let before = ticks();
-    let report = host.json(&["update", "m"]);
-    assert_eq!((&report["outcome"], &report["pause_us"]), (&"updated".into(), &Value::Null));
-    assert_eq!(host.json(&["status", "m"])["state"], "paused");
-    assert_eq!(ticks(), before);
+    // The second one saves what has not run since it was loaded.
+    for carrier in ["socket", "exec", "exec", "socket", "socket"] {
+        let report = host.json(&["update", "m", "--carrier", carrier]);
+        assert_eq!((&report["outcome"], &report["pause_us"]), (&"updated".into(), &Value::Null));
+        assert_eq!(host.json(&["status", "m"])["state"], "paused");
+        assert_eq!(ticks(), before);
+    }
     assert_eq!(host.json(&["resume", "m"])["state"], "running");
     let begun = Instant::now();
     while ticks() == before {
