@@ -352,6 +352,11 @@ impl Kho {
         self.adopt_all("kho_vmalloc", &list_frames(list).collect::<Vec<_>>())
     }
 
+    /// Reaches its arena by way of `memory` from now on, which has the same bytes: to see what it writes, or to hinder it.
+    pub fn set_memory(&mut self, memory: Box<dyn ArenaMemory>) {
+        self.memory = memory;
+    }
+
     /// Whose arena it is.
     pub fn identity(&self) -> Identity {
         self.identity

@@ -267,7 +267,8 @@ impl Machine {
         let files = self.fd_files(fds, carrier)?;
         self.settle().map_err(KeepError::Preserve)?;
         self.refill(files).map_err(|error| {
-            self.fds.clear();
+            // Should that fail, too, the session that was published stands until the next seal has made it anew.
+            let _ = self.refill(Vec::new());
             KeepError::Preserve(error)
         })
     }

@@ -718,3 +718,6 @@ pub(crate) fn handlers(arena: &Arena, known: Vec<Arc<Inode>>) -> Handlers {
     debug_assert!(registered.is_ok(), "four kinds");
     handlers
 }
+
+#[cfg(test)]
+mod tests;
