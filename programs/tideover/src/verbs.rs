@@ -371,12 +371,12 @@ fn told(name: &str, report: &UpdateReport) -> String {
                 (None, Some(reason)) => reason.clone(),
                 (us, _) => pause(us),
             };
-            format!(
-                "{name}: updated from process {} to {successor}; {pause}{}{}\n",
-                report.predecessor_pid,
-                aside.unwrap_or_default(),
-                seen.unwrap_or_default()
-            )
+            let processes = match report.predecessor_pid {
+                same if same == successor => format!("in process {same}"),
+                before => format!("from process {before} to {successor}"),
+            };
+            let (seen, aside) = (seen.unwrap_or_default(), aside.unwrap_or_default());
+            format!("{name}: updated {processes}; {pause}{seen}{aside}\n")
         }
         _ => format!(
             "{name}: NOT updated, and runs on in process {}: {reason}; {}\n",

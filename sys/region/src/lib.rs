@@ -594,6 +594,8 @@ pub(crate) fn call_error(what: &'static str, name: &str, source: impl Into<io::E
 mod tests {
     use super::*;
 
+    const F_SEAL_EXEC: u32 = 0x20;
+
     fn memfd(seals: SealFlags, bytes: u64) -> OwnedFd {
         let fd = rustix::fs::memfd_create("t", MemfdFlags::ALLOW_SEALING | MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, bytes).unwrap();
@@ -608,6 +610,16 @@ mod tests {
         assert!(rustix::fs::ftruncate(region.as_fd(), 4096).is_err());
         assert!(rustix::fs::ftruncate(region.as_fd(), 16384).is_err());
         assert!(rustix::fs::fcntl_add_seals(region.as_fd(), SealFlags::FUTURE_WRITE).is_err());
+    }
+
+    /// A memfd with F_SEAL_EXEC comes out of Linux's live update with its write seals, too, and could never be written again.
+    #[test]
+    fn a_region_is_not_sealed_against_execution_and_stays_writable() {
+        let region = Region::create("t", 8192).unwrap();
+        let seals = rustix::fs::fcntl_get_seals(region.as_fd()).unwrap();
+        assert!(!seals.intersects(SealFlags::from_bits_retain(F_SEAL_EXEC) | SealFlags::WRITE), "{seals:?}");
+        let mode = rustix::fs::fstat(region.as_fd()).unwrap().st_mode;
+        assert_eq!(mode & 0o111, 0o111, "{mode:o}: it was made without MFD_EXEC");
     }
 
     #[test]
