@@ -11,8 +11,11 @@ use tideover_vmm::control::UpdateOutcome;
 use tideover_vmm::control::UpdateReport;
 
 use crate::for_each_guest;
+use crate::processes::await_that;
 use crate::processes::children;
 use crate::processes::holdings;
+use crate::processes::state;
+use crate::processes::wake;
 use crate::rig::Rig;
 use crate::rig::program;
 use crate::rig::request;
@@ -26,13 +29,18 @@ for_each_guest!(
     a_program_that_fails_after_execve_leaves_the_guest_to_the_one_before,
     a_program_that_fails_in_the_rehearsal_is_not_executed,
     a_process_that_dies_after_execve_leaves_the_guest_to_one_that_shares_its_memory,
+    a_program_that_hangs_after_execve_and_wakes_late_runs_nothing,
     a_thousand_updates_leave_nothing_behind,
 );
 
 const AMPLE: Duration = Duration::from_secs(20);
 
 pub(crate) fn execute(rig: &Rig) -> UpdateReport {
-    match request(Source::Program(program()), AMPLE, AMPLE) {
+    execute_within(rig, AMPLE, AMPLE)
+}
+
+fn execute_within(rig: &Rig, prepare: Duration, hand_over: Duration) -> UpdateReport {
+    match request(Source::Program(program()), prepare, hand_over) {
         Request::Update(update) => {
             rig.send(&Request::Update(tideover_vmm::control::UpdateRequest {
                 carrier: Carrier::Exec,
@@ -106,6 +114,25 @@ fn a_process_that_dies_after_execve_leaves_the_guest_to_one_that_shares_its_memo
     rig.assert_runs_in(pid);
     let next = rig.update_well();
     rig.assert_runs_in(next);
+}
+
+fn a_program_that_hangs_after_execve_and_wakes_late_runs_nothing(guest: GuestKind) {
+    let (prepare, hand_over) = (Duration::from_secs(4), Duration::from_secs(2));
+    let rig = Rig::start(guest);
+    for step in [Step::Attached, Step::Loaded] {
+        let pid = rig.status().pid;
+        rig.execution(Executed::Fares(Plan::at(Place::At(step), Fault::Stopped)));
+        let report = execute_within(&rig, prepare, hand_over);
+        let aside = rig.status().pid;
+        let words = ["in time", "the guest runs on in process", &format!("no longer in {pid}")];
+        rig.assert_rolled_back(&report, aside, hand_over, &words);
+        assert_eq!(state(pid), Some('T'), "{step}");
+        wake(pid);
+        // Neither it nor the program before, which it executes again, gets the machine.
+        await_that("it ends", || state(pid).is_none_or(|state| state == 'Z').then_some(()));
+        rig.assert_runs_in(aside);
+    }
+    execute_well(&rig, rig.status().pid);
 }
 
 fn a_program_that_fails_in_the_rehearsal_is_not_executed(guest: GuestKind) {

@@ -82,6 +82,7 @@ fn main() -> ExitCode {
         executed::a_program_that_fails_after_execve_leaves_the_guest_to_the_one_before,
         executed::a_program_that_fails_in_the_rehearsal_is_not_executed,
         executed::a_process_that_dies_after_execve_leaves_the_guest_to_one_that_shares_its_memory,
+        executed::a_program_that_hangs_after_execve_and_wakes_late_runs_nothing,
         killed::a_successor_that_connects_and_is_killed_leaves_the_guest_running,
         stalled::a_successor_that_is_stopped_is_ended_by_who_started_it,
         stalled::a_successor_that_wakes_after_another_took_over_runs_nothing,
