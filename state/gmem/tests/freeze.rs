@@ -1,6 +1,9 @@
 //! What a freeze of guest memory ends, what it waits for, and what it leaves alone.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+#[path = "shared/asleep.rs"]
+mod asleep;
+
 use std::fs;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -11,6 +14,7 @@ use std::time::Instant;
 use abi::gmem::MemoryName;
 use abi::gmem::flags;
 use abi::vm::Identity;
+use asleep::sleeps;
 use pages::PageRange;
 use region::Region;
 use tideover_gmem::ChangeError;
@@ -138,13 +142,6 @@ fn pages_that_are_there_are_read_and_written_while_frozen() {
     inode.mapping().write(MIB + 8192, b"within").unwrap();
     inode.mapping().read(MIB + 8192, &mut read).unwrap();
     assert_eq!(&read, b"within");
-}
-
-/// True while the thread (as `/proc/thread-self` names it) sleeps in the kernel.
-fn sleeps(thread: &str) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{thread}/stat")).unwrap();
-    let after_name = stat.rsplit_once(") ").unwrap().1;
-    matches!(after_name.chars().next(), Some('S' | 'D'))
 }
 
 /// R2.2, R2.3.

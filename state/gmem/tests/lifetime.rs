@@ -1,6 +1,11 @@
 //! How long guest memory lasts: longer than a VM object, and not longer than its machine.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+#[path = "shared/asleep.rs"]
+mod asleep;
+#[path = "shared/vcpu.rs"]
+mod vcpu;
+
 use std::fs;
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
@@ -15,7 +20,7 @@ use std::time::Instant;
 use abi::gmem::MemoryName;
 use abi::gmem::flags;
 use abi::vm::Identity;
-use kvm::Irqchip;
+use asleep::sleeps;
 use kvm::MemorySlots;
 use kvm::Vcpu;
 use kvm::Vm;
@@ -37,6 +42,7 @@ use tideover_gmem::Held;
 use tideover_gmem::Inode;
 use tideover_gmem::OpenError;
 use tideover_gmem::Owner;
+use vcpu::vcpu_at;
 
 const MIB: u64 = 1 << 20;
 const OURS: Identity = Identity::new([1; 16]);
@@ -85,13 +91,7 @@ fn object_of(builder: VmBuilder, open: impl FnOnce(&Arc<VmFd>) -> GmemFile) -> O
     let mut slots = builder.memory_slots();
     let file = open(builder.fd());
     file.bind(&mut slots, WHOLE).unwrap();
-    let vm = builder.finish(Irqchip::None).unwrap();
-    let vcpu = vm.create_vcpu(0).unwrap();
-    let mut special = vcpu.fd().get_sregs().unwrap();
-    (special.cs.base, special.cs.selector) = (0, 0);
-    vcpu.fd().set_sregs(&special).unwrap();
-    let registers = kvm::kvm_bindings::kvm_regs { rip: CODE, rflags: 2, ..Default::default() };
-    vcpu.fd().set_regs(&registers).unwrap();
+    let (vm, vcpu) = vcpu_at(builder, CODE);
     Object { vcpu, slots, file, _vm: vm }
 }
 
@@ -313,13 +313,6 @@ fn memory_is_evicted_destroyed_and_freed_once_and_in_this_order() {
     assert_eq!(steps(), []);
     drop(other);
     assert_eq!(steps(), ALL.map(|step| (step, (0, 0))));
-}
-
-/// True while the thread (as `/proc/thread-self` names it) sleeps in the kernel.
-fn sleeps(thread: &str) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{thread}/stat")).unwrap();
-    let after_name = stat.rsplit_once(") ").unwrap().1;
-    matches!(after_name.chars().next(), Some('S' | 'D'))
 }
 
 /// R2.2, R3.2, G5.7.5.

@@ -2,6 +2,9 @@
 //! of another process.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+#[path = "shared/vcpu.rs"]
+mod vcpu;
+
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::process::Command;
@@ -11,7 +14,6 @@ use std::sync::Arc;
 use abi::gmem::MemoryName;
 use abi::gmem::flags;
 use abi::vm::Identity;
-use kvm::Irqchip;
 use kvm::MemorySlots;
 use kvm::Stopped;
 use kvm::Vcpu;
@@ -30,6 +32,7 @@ use tideover_gmem::GmemFile;
 use tideover_gmem::GuestMemfd;
 use tideover_gmem::Held;
 use tideover_gmem::Inode;
+use vcpu::vcpu_at;
 
 const MIB: u64 = 1 << 20;
 const OURS: Identity = Identity::new([1; 16]);
@@ -74,13 +77,7 @@ fn machine(builder: VmBuilder, inode: &Arc<Inode>) -> Machine {
     let mut slots = builder.memory_slots();
     let file = GmemFile::open(Arc::clone(inode), OURS, builder.fd()).unwrap();
     file.bind(&mut slots, WHOLE).unwrap();
-    let vm = builder.finish(Irqchip::None).unwrap();
-    let vcpu = vm.create_vcpu(0).unwrap();
-    let mut special = vcpu.fd().get_sregs().unwrap();
-    (special.cs.base, special.cs.selector) = (0, 0);
-    vcpu.fd().set_sregs(&special).unwrap();
-    let registers = kvm::kvm_bindings::kvm_regs { rip: CODE, rflags: 2, ..Default::default() };
-    vcpu.fd().set_regs(&registers).unwrap();
+    let (vm, vcpu) = vcpu_at(builder, CODE);
     Machine { vcpu, slots, _vm: vm }
 }
 
