@@ -58,6 +58,15 @@ pub struct OfferedRegion {
     pub len_bytes: u64,
 }
 
+/// How regions are known to be those that the region table tells of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Files {
+    /// They are the same files.
+    Same,
+    /// A kernel made them again, each as the one that the carrier says.
+    MadeAgain,
+}
+
 /// Why an arena was not accepted.
 #[derive(Debug, Error)]
 pub enum AttachError {
@@ -151,6 +160,12 @@ pub enum ClaimError {
     /// It is not sealed, or not by the seal that was told, or somebody else claimed it.
     #[error("cannot claim the machine")]
     Ownership(#[source] OwnershipError),
+    /// It is to be claimed after one that claimed it before, and that one lives.
+    #[error("the process that claimed the machine before is alive")]
+    ClaimantLives,
+    /// Whether who claimed it before lives is not known.
+    #[error("cannot tell whether the process that claimed the machine before is alive")]
+    Liveness(#[source] LivenessError),
     /// Its sealed state cannot be read.
     #[error("cannot read the machine's sealed state")]
     Attach(#[source] AttachError),
@@ -179,6 +194,7 @@ pub struct Incoming {
     alive: LivenessLock,
     parts: Parts,
     fds: Fds,
+    files: Files,
 }
 
 /// What a session of a machine holds.
@@ -201,6 +217,24 @@ impl Incoming {
     /// # Errors
     /// [`AttachError`]; then nothing stays mapped, and nothing was written.
     pub fn attach(offered: Vec<OfferedRegion>, fds: Vec<OwnedFd>) -> Result<Self, AttachError> {
+        Self::attach_files(offered, fds, Files::Same)
+    }
+
+    /// The same of regions that a kernel has made again after a kexec, in the order of the region table: their inode
+    /// numbers are others, and that each is the one that it should be is the carrier's word alone. Other descriptors do not
+    /// live through a kexec.
+    ///
+    /// # Errors
+    /// As of [`attach`](Self::attach).
+    pub fn attach_made_again(offered: Vec<OfferedRegion>) -> Result<Self, AttachError> {
+        Self::attach_files(offered, Vec::new(), Files::MadeAgain)
+    }
+
+    fn attach_files(
+        offered: Vec<OfferedRegion>,
+        fds: Vec<OwnedFd>,
+        files: Files,
+    ) -> Result<Self, AttachError> {
         let came = offered.len();
         let mut offered = offered.into_iter();
         let first = offered.next().ok_or(AttachError::NoRegions)?;
@@ -214,10 +248,10 @@ impl Incoming {
         if entries.len() != came {
             return Err(AttachError::Regions { told: entries.len(), came });
         }
-        check_region(0, &entries[0], &region0)?;
+        check_region(0, &entries[0], &region0, files)?;
         for ((index, entry), region) in (1..).zip(&entries[1..]).zip(offered) {
             let mapping = accept(index, entry, region)?;
-            check_region(index, entry, &mapping)?;
+            check_region(index, entry, &mapping, files)?;
             // The table was checked for overlap when it was read.
             let _ = arena.place(entry.range, mapping);
         }
@@ -225,7 +259,7 @@ impl Incoming {
         let fds = Fds::join(&parts.fds, fds).map_err(AttachError::Fds)?;
         let (nonce, alive) =
             machine::hold(region0.region()).map_err(|error| AttachError::Hold(Box::new(error)))?;
-        Ok(Self { arena, table: entries, ownership: Ownership::new(word), nonce, alive, parts, fds })
+        Ok(Self { arena, table: entries, ownership: Ownership::new(word), nonce, alive, parts, fds, files })
     }
 
     /// The machine's name.
@@ -284,6 +318,20 @@ impl Incoming {
         self.read_states(sealed, word)
     }
 
+    /// Claims the machine as it was sealed at epoch `sealed`, after one that claimed it under the word `dead` and died
+    /// before it ran it. To be asked for only where no predecessor lives that could take the machine back.
+    ///
+    /// # Errors
+    /// [`ClaimError`]: also if who claimed it lives.
+    pub fn claim_again(self, sealed: u32, dead: OwnershipWord) -> Result<Claimed, ClaimError> {
+        if self.owner_lives(dead).map_err(ClaimError::Liveness)? {
+            return Err(ClaimError::ClaimantLives);
+        }
+        let claimed = self.ownership.transition(|found| ownership::claim_again(found, dead, self.nonce));
+        let word = claimed.map_err(ClaimError::Ownership)?;
+        self.read_states(sealed, word)
+    }
+
     fn read_states(self, sealed: u32, claimed: OwnershipWord) -> Result<Claimed, ClaimError> {
         let (kho, luo, parts) = read_session(&self.arena, self.parts.memories).map_err(ClaimError::Attach)?;
         let table = region_table(&self.arena, self.table.len()).map_err(ClaimError::Attach)?;
@@ -324,6 +372,7 @@ impl Incoming {
             states: parts.states,
             fds: Vec::new(),
             settled: false,
+            table_is_old: self.files == Files::MadeAgain,
             _alive: self.alive,
         };
         Ok(Claimed { machine, states })
@@ -397,13 +446,22 @@ fn region_table(arena: &Arena, came: usize) -> Result<Vec<RegionEntry>, AttachEr
     }))
 }
 
-fn check_region(index: usize, entry: &RegionEntry, mapping: &Mapping) -> Result<(), AttachError> {
+fn check_region(
+    index: usize,
+    entry: &RegionEntry,
+    mapping: &Mapping,
+    files: Files,
+) -> Result<(), AttachError> {
     let (told, came) = (entry.range.len_bytes(), mapping.len_bytes());
     if told != came {
         return Err(AttachError::Size { index, told, came });
     }
     let (told, came) = (entry.file, mapping.region().file_number().map_err(AttachError::Region)?);
-    if told == came { Ok(()) } else { Err(AttachError::File { index, told, came }) }
+    if told == came || files == Files::MadeAgain {
+        Ok(())
+    } else {
+        Err(AttachError::File { index, told, came })
+    }
 }
 
 /// Reads the machine's session as it is published now.

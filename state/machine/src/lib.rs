@@ -58,6 +58,7 @@ pub use machine::MemoryStore;
 pub use machine::SealError;
 pub use machine::SettleError;
 pub use machine::Spec;
+pub use machine::TableError;
 pub use machine::UnsealError;
 pub use machine::readable_formats;
 pub use vm_file::Created;

@@ -35,6 +35,7 @@ use luo::RegisterError;
 use luo::Token;
 use pages::PAGE_BYTES;
 use pages::PAGE_SIZE;
+use pages::PageRange;
 use region::Account;
 use region::Arena;
 use region::Mapping;
@@ -168,7 +169,7 @@ pub enum CreateError {
     Commit(#[source] CommitError),
     /// The metadata could not be written.
     #[error("cannot write the machine's metadata")]
-    Store(#[source] StoreError),
+    Table(#[source] TableError),
     /// The session could not be filled.
     #[error("cannot preserve the machine")]
     Settle(#[source] SettleError),
@@ -192,9 +193,23 @@ pub enum SettleError {
     /// A file could not be preserved.
     #[error("cannot fill the session")]
     Preserve(#[source] luo::PreserveError),
+    /// The region table could not be written anew.
+    #[error("cannot write down which files the machine's regions are")]
+    Table(#[source] TableError),
     /// The result could not be published.
     #[error("cannot publish the session")]
     Publish(#[source] PublishError),
+}
+
+/// Why a machine's region table was not written.
+#[derive(Debug, Error)]
+pub enum TableError {
+    /// The kernel does not say which file a region is.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// There is no room.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Why a machine was not sealed. It is as it was and may run on, except after [`SealError::Ownership`].
@@ -262,6 +277,8 @@ pub struct Machine {
     pub(crate) fds: Vec<Arc<FdFile>>,
     /// All files are in an outgoing session of this life, and the received one is finished.
     pub(crate) settled: bool,
+    /// A kernel made the regions again: they are other files than the table says.
+    pub(crate) table_is_old: bool,
     pub(crate) _alive: LivenessLock,
 }
 
@@ -283,7 +300,7 @@ impl Machine {
         let word = ownership.begin(nonce);
         let frames = layout::REGION0_BYTES / PAGE_SIZE;
         let mut kho = Kho::format(Box::new(arena.clone()), identity, frames).map_err(CreateError::Commit)?;
-        write_region_table(&mut kho, &arena, &places)?;
+        write_region_table(&mut kho, &arena, &places).map_err(CreateError::Table)?;
         let record = VmRecord { identity, vm_type: 0, vcpus: spec.vcpus };
         let mut machine = Self {
             owners: owners(&memories),
@@ -302,6 +319,7 @@ impl Machine {
             states: spec.states.iter().map(|name| StateFile::new(*name, None)).collect(),
             fds: Vec::new(),
             settled: false,
+            table_is_old: false,
             _alive: alive,
         };
         machine.settle().map_err(CreateError::Settle)?;
@@ -325,8 +343,11 @@ impl Machine {
         if !self.luo.outgoing_sessions().any(|name| name == self.name) {
             self.fill_session()?;
         }
+        if self.table_is_old {
+            write_region_table(&mut self.kho, &self.arena, &self.places).map_err(SettleError::Table)?;
+        }
         self.luo.publish(&mut self.kho).map_err(SettleError::Publish)?;
-        self.settled = true;
+        (self.settled, self.table_is_old) = (true, false);
         Ok(finished)
     }
 
@@ -690,14 +711,22 @@ fn make_memory(
     Ok((mapping, Some(account)))
 }
 
-fn write_region_table(kho: &mut Kho, arena: &Arena, places: &[MemoryPlace]) -> Result<(), CreateError> {
+/// Writes which file each region is, in place of what stood there.
+fn write_region_table(kho: &mut Kho, arena: &Arena, places: &[MemoryPlace]) -> Result<(), TableError> {
     let mut entries = Vec::new();
     for (place, placed) in places.iter().zip(arena.regions()) {
-        entries.push(place.entry(placed.mapping.region().file_number().map_err(CreateError::Region)?));
+        entries.push(place.entry(placed.mapping.region().file_number()?));
     }
     let bytes = regions::encode(&entries);
-    let data = kho.store(&bytes).map_err(CreateError::Store)?.start().address();
+    let data = kho.store(&bytes)?.start().address();
+    let old = kho.subtree(&regions::SUBTREE).copied();
     kho.set_subtree(Subtree { name: regions::SUBTREE, data, size: bytes.len() as u64 });
+    // Its size was checked against the table's own when it was read.
+    if let Some(range) =
+        old.and_then(|old| PageRange::of_bytes(old.data, old.size.next_multiple_of(PAGE_SIZE)).ok())
+    {
+        kho.free(range);
+    }
     Ok(())
 }
 

@@ -15,6 +15,9 @@
 //! The functions here are the whole protocol: [`Ownership`] applies them to shared memory, and the model
 //! check in this crate's tests applies the same functions to a number, over every order of the steps of a
 //! predecessor and two successors, each of which may crash or stall at each step.
+//!
+//! Where the predecessor is dead for certain, as after a kexec, a claimant that died before it ran the machine is no
+//! end: the next one [claims it again](claim_again), from the dead one's word.
 
 use std::fmt;
 
@@ -85,6 +88,22 @@ pub fn seal(found: OwnershipWord, running: OwnershipWord) -> Result<OwnershipWor
 /// [`Lost`] if `found` is not the word of that seal.
 pub fn claim(found: OwnershipWord, sealed: u32, claimant: Nonce) -> Result<OwnershipWord, Lost> {
     if found.state() != OwnershipState::Sealed || found.epoch() != sealed {
+        return Err(lost(Wanted::Claimed, found));
+    }
+    Ok(found.next(OwnershipState::Claimed, claimant))
+}
+
+/// The word after `claimant` claims a machine whose claimant died, under the word `dead`, before it ran it. To be asked
+/// for only where no predecessor lives that could take the machine back.
+///
+/// # Errors
+/// [`Lost`] if `found` is not that word, or it is no claim.
+pub fn claim_again(
+    found: OwnershipWord,
+    dead: OwnershipWord,
+    claimant: Nonce,
+) -> Result<OwnershipWord, Lost> {
+    if found != dead || found.state() != OwnershipState::Claimed {
         return Err(lost(Wanted::Claimed, found));
     }
     Ok(found.next(OwnershipState::Claimed, claimant))

@@ -11,6 +11,8 @@ mod death;
 mod descriptors;
 #[path = "lifecycle/lifetime.rs"]
 mod lifetime;
+#[path = "lifecycle/made_again.rs"]
+mod made_again;
 #[path = "lifecycle/refused_regions.rs"]
 mod refused_regions;
 #[path = "lifecycle/region0.rs"]

@@ -36,6 +36,7 @@ fn nonce(id: Id) -> Nonce {
 struct Protocol {
     seal: fn(OwnershipWord, OwnershipWord) -> Result<OwnershipWord, Lost>,
     claim: fn(OwnershipWord, u32, Nonce) -> Result<OwnershipWord, Lost>,
+    claim_again: fn(OwnershipWord, OwnershipWord, Nonce) -> Result<OwnershipWord, Lost>,
     run: fn(OwnershipWord, OwnershipWord) -> Result<OwnershipWord, Lost>,
     take_back: fn(OwnershipWord, OwnershipWord) -> Result<OwnershipWord, Lost>,
     /// Is this transition a compare-and-swap? Else it is a store.
@@ -45,6 +46,7 @@ struct Protocol {
 const PROTOCOL: Protocol = Protocol {
     seal: ownership::seal,
     claim: ownership::claim,
+    claim_again: ownership::claim_again,
     run: ownership::run,
     take_back: ownership::take_back,
     swaps: |_| true,
@@ -55,6 +57,7 @@ const PROTOCOL: Protocol = Protocol {
 enum Verb {
     Seal { running: OwnershipWord },
     Claim { sealed: u32 },
+    ClaimAgain { dead: OwnershipWord },
     Run { claimed: OwnershipWord },
     TakeBack { sealed: OwnershipWord },
 }
@@ -64,6 +67,7 @@ impl Protocol {
         match *verb {
             Verb::Seal { running } => (self.seal)(found, running),
             Verb::Claim { sealed } => (self.claim)(found, sealed, nonce(id)),
+            Verb::ClaimAgain { dead } => (self.claim_again)(found, dead, nonce(id)),
             Verb::Run { claimed } => (self.run)(found, claimed),
             Verb::TakeBack { sealed } => (self.take_back)(found, sealed),
         }
@@ -146,6 +150,19 @@ struct World {
     stranger: Option<Id>,
 }
 
+impl World {
+    fn can_be_entrusted(&self) -> bool {
+        let is_dead = |id: Id| self.processes[id] == Process::Crashed;
+        let holder = (0..self.processes.len()).find(|id| nonce(*id) == self.word.nonce());
+        let is_nobodys = match self.word.state() {
+            OwnershipState::Sealed => true,
+            OwnershipState::Claimed => holder.is_some_and(is_dead),
+            _ => false,
+        };
+        is_nobodys && is_dead(self.sealer) && self.attempts < ATTEMPTS
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     /// The next step of what the process is doing.
@@ -156,6 +173,9 @@ enum Action {
     Hear(Id),
     /// A successor that nobody told finds the machine sealed and its sealer dead.
     Inherit(Id),
+    /// Who keeps the memory of a machine whose sealer is dead starts another successor: nobody had it, or who had
+    /// claimed it is dead.
+    Entrust,
     Crash(Id),
 }
 
@@ -231,7 +251,7 @@ impl Machine {
                 world.sealed_for = world.attempts;
                 Process::Sealed { word: next }
             }
-            Verb::Claim { .. } => {
+            Verb::Claim { .. } | Verb::ClaimAgain { .. } => {
                 if world.sealed_for != id && world.processes[world.sealer] != Process::Crashed {
                     world.stranger = Some(id);
                 }
@@ -290,6 +310,9 @@ impl Model for Machine {
                 actions.push(Action::Crash(id));
             }
         }
+        if world.can_be_entrusted() {
+            actions.push(Action::Entrust);
+        }
     }
 
     fn next_state(&self, last: &World, action: Action) -> Option<World> {
@@ -308,6 +331,15 @@ impl Model for Machine {
             Action::Inherit(id) => {
                 let sealed = world.word.epoch();
                 world.processes[id] = Process::Swapping { verb: Verb::Claim { sealed }, found: None };
+            }
+            Action::Entrust => {
+                world.attempts += 1;
+                let (word, id) = (world.word, world.attempts);
+                let verb = match word.state() {
+                    OwnershipState::Claimed => Verb::ClaimAgain { dead: word },
+                    _ => Verb::Claim { sealed: word.epoch() },
+                };
+                world.processes[id] = Process::Swapping { verb, found: None };
             }
             Action::Crash(id) => world.processes[id] = Process::Crashed,
         }
@@ -426,6 +458,12 @@ fn coverage() -> Vec<Property<Machine>> {
         Property::<Machine>::sometimes("a seal is inherited from the dead", |_, world| {
             runs(world, 1) && world.told[1].is_none()
         }),
+        Property::<Machine>::sometimes("a claim whose claimant died is made again", |_, world| {
+            let states = world.words.windows(2);
+            let again =
+                |pair: &[OwnershipWord]| pair.iter().all(|word| word.state() == OwnershipState::Claimed);
+            states.into_iter().any(again) && runs(world, 3)
+        }),
         Property::<Machine>::sometimes("all three attempts go back", |_, world| {
             runs(world, 0) && world.attempts == ATTEMPTS
         }),
@@ -517,4 +555,11 @@ fn a_run_that_does_not_ask_for_its_own_claim_is_noticed() {
         Ok(found.next(OwnershipState::Running, claimed.nonce()))
     };
     assert_broken(Protocol { run, ..PROTOCOL }, ONE_RUNS);
+}
+
+#[test]
+fn a_claim_from_the_dead_that_does_not_look_whose_claim_it_finds_is_noticed() {
+    let claim_again =
+        |found: OwnershipWord, _: OwnershipWord, claimant| Ok(found.next(OwnershipState::Claimed, claimant));
+    assert_broken(Protocol { claim_again, ..PROTOCOL }, ONE_RUNS);
 }
