@@ -28,6 +28,8 @@
 //! # drop(memory); Ok(()) }
 //! ```
 //!
+//! How much time a guest missed in between is told by [`moment`].
+//!
 //! # Traps
 //!
 //! What the kernel's interface lets one do that nobody wants, and what becomes of it here:
@@ -48,11 +50,16 @@
 //!
 //! Defects of Linux 7.3 that a user meets: a session name that is created twice when 51 sessions (or a multiple) exist makes the
 //! *next* kernel panic. Do not create a name twice to see whether it is there.
-#![expect(unsafe_code, reason = "makes the ioctls of /dev/liveupdate, and the kexec_file_load call")]
+#![expect(
+    unsafe_code,
+    reason = "makes the ioctls of /dev/liveupdate, and the kexec_file_load call, and reads the TSC"
+)]
 
 mod device;
 mod ioctl;
 pub mod kexec;
+#[cfg(target_arch = "x86_64")]
+pub mod moment;
 mod name;
 mod session;
 
