@@ -55,8 +55,9 @@ const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const CR4_OSXSAVE: u64 = 1 << 18;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
-/// Bit 1 of RFLAGS is always set.
-const RFLAGS: u64 = 2;
+/// Bit 1 of RFLAGS is always set. The I/O privilege level is the guest's own: QEMU's emulation of SVM does not find
+/// the bitmap of a TSS that is busy, and a busy one is all that KVM takes. PVM in turn drops the level, and finds the bitmap.
+const RFLAGS: u64 = 2 | 3 << 12;
 const RFLAGS_IF: u64 = 1 << 9;
 /// x87, SSE and AVX state.
 const XCR0_AVX: u64 = 7;

@@ -114,7 +114,7 @@ fn the_registers_start_the_program_at_privilege_level_three() {
     assert_eq!(regs.rip, code);
     assert!(bytes.len() > 1000);
     assert_eq!(regs.rsp, 0x1_1000);
-    assert_eq!(regs.rflags, 2);
+    assert_eq!(regs.rflags, 0x3002);
     assert_eq!((sregs.cs.dpl, sregs.ss.dpl, sregs.cs.l), (3, 3, 1));
     assert_eq!(sregs.gs.base, crate::MAILBOX_OFFSET);
 }
@@ -226,7 +226,7 @@ fn only_wide_vectors_ask_for_xsave() {
     assert_ne!(first(&wide).sregs(kvm_sregs::default()).cr4 & CR4_OSXSAVE, 0);
     let xcrs = first(&wide).xcrs(kvm_xcrs::default());
     assert_eq!((xcrs.nr_xcrs, xcrs.xcrs[0].value), (1, 7));
-    assert_eq!(first(&wide).regs().rflags, 0x202);
+    assert_eq!(first(&wide).regs().rflags, 0x3202);
 }
 
 #[test]
