@@ -6,7 +6,10 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 
 use anyhow::Context as _;
+use kvm_ioctls::Kvm;
 use rustix::mount::MountFlags;
+
+use crate::tideover;
 
 /// Where the kernel lies that is booted next: the one that runs.
 const KERNEL: &str = "/boot/kernel";
@@ -19,32 +22,54 @@ const CASE: &str = "e2e.case=";
 const LIFE: &str = "e2e.life=";
 /// How many bytes of the disk are the file system.
 const INITRD_BYTES: &str = "e2e.initrd=";
+/// The TSC's rate, and that the kernel is to measure it no more: each measure comes to another one, and KVM takes a guest with
+/// its TSC only where that has the same.
+const TSC_KHZ: &str = "tsc_early_khz=";
+const CONSTANT_TSC: &str = "setcpuid=constant_tsc";
+const KNOWN_TSC: &str = "setcpuid=constant_tsc,tsc_known_freq";
 
-/// What the kernel was told.
-pub(crate) struct CommandLine {
-    whole: String,
+/// One life of the host, as its kernel was told of it.
+pub(crate) struct Life {
+    command_line: String,
     pub(crate) case: String,
-    pub(crate) life: u32,
+    /// 1 and up.
+    pub(crate) number: u32,
     initrd_bytes: u64,
 }
 
-impl CommandLine {
+/// What the host boots next.
+pub(crate) struct Next {
+    pub(crate) kernel: &'static Path,
+    pub(crate) initrd: &'static Path,
+    pub(crate) command_line: String,
+}
+
+impl Life {
     pub(crate) fn read() -> anyhow::Result<Self> {
-        let whole = fs::read_to_string("/proc/cmdline")?.trim().to_owned();
+        let command_line = fs::read_to_string("/proc/cmdline")?.trim().to_owned();
         let value = |name: &str| {
-            let value = whole.split_whitespace().find_map(|word| word.strip_prefix(name));
+            let value = command_line.split_whitespace().find_map(|word| word.strip_prefix(name));
             value.map(str::to_owned).with_context(|| format!("the kernel was not told {name}"))
         };
-        let (case, life, bytes) = (value(CASE)?, value(LIFE)?.parse()?, value(INITRD_BYTES)?.parse()?);
-        Ok(Self { case, life, initrd_bytes: bytes, whole })
+        let (case, number, initrd_bytes) =
+            (value(CASE)?, value(LIFE)?.parse()?, value(INITRD_BYTES)?.parse()?);
+        Ok(Self { command_line, case, number, initrd_bytes })
     }
 
-    fn next(&self) -> String {
-        let next = |word: &str| match word.starts_with(LIFE) {
-            true => format!("{LIFE}{}", self.life + 1),
-            false => word.to_owned(),
+    /// What the next life is to be booted from: this one's kernel, and the same first process.
+    pub(crate) fn next(&self) -> anyhow::Result<Next> {
+        let (kernel, initrd) = (Path::new(KERNEL), Path::new(INITRD));
+        if !initrd.exists() {
+            let mut disk = std::io::Read::take(File::open(INITRD_DISK)?, self.initrd_bytes);
+            std::io::copy(&mut disk, &mut File::create(INITRD)?).context("cannot copy the file system")?;
+        }
+        let next = |word: &str| match word {
+            CONSTANT_TSC => Ok(format!("{KNOWN_TSC} {TSC_KHZ}{}", tsc_khz()?)),
+            _ if word.starts_with(LIFE) => Ok(format!("{LIFE}{}", self.number + 1)),
+            _ => Ok(word.to_owned()),
         };
-        self.whole.split_whitespace().map(next).collect::<Vec<_>>().join(" ")
+        let words = self.command_line.split_whitespace().map(next).collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Next { kernel, initrd, command_line: words.join(" ") })
     }
 }
 
@@ -70,13 +95,24 @@ pub(crate) fn mount() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Waits until the kernel has measured the TSC: in a host's first life this takes it a second.
+pub(crate) fn await_tsc() -> anyhow::Result<()> {
+    tideover::wait_for("the kernel's measure of the TSC", tideover::PATIENCE, || {
+        let clock = fs::read_to_string("/sys/devices/system/clocksource/clocksource0/current_clocksource")?;
+        Ok((clock.trim() == "tsc").then_some(()))
+    })
+}
+
+/// The TSC's rate, as KVM knows it.
+fn tsc_khz() -> anyhow::Result<u32> {
+    let vcpu = Kvm::new()?.create_vm()?.create_vcpu(0)?;
+    vcpu.get_tsc_khz().context("KVM does not say how fast the TSC is")
+}
+
 /// Has this host boot its kernel again, by kexec.
-pub(crate) fn next_life(command_line: &CommandLine) -> anyhow::Result<()> {
-    if !Path::new(INITRD).exists() {
-        let mut disk = std::io::Read::take(File::open(INITRD_DISK)?, command_line.initrd_bytes);
-        std::io::copy(&mut disk, &mut File::create(INITRD)?).context("cannot copy the file system")?;
-    }
-    let (kernel, initrd) = (File::open(KERNEL)?, File::open(INITRD)?);
-    liveupdate::kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &command_line.next())?;
+pub(crate) fn next_life(life: &Life) -> anyhow::Result<()> {
+    let next = life.next()?;
+    let (kernel, initrd) = (File::open(next.kernel)?, File::open(next.initrd)?);
+    liveupdate::kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &next.command_line)?;
     match liveupdate::kexec::execute()? {}
 }

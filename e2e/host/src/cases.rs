@@ -1,9 +1,13 @@
 //! The cases.
 
+mod demo;
 mod device;
+mod machine;
 mod memfd;
 
 use anyhow::bail;
+
+use crate::boot::Life;
 
 /// What is to come after a life of a case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,10 +18,11 @@ pub(crate) enum Then {
     NextLife,
 }
 
-/// A case, which is told which of the host's lives this is: 1 and up.
-type Case = fn(u32) -> anyhow::Result<Then>;
+/// A case, which is run once in each life of its host.
+type Case = fn(&Life) -> anyhow::Result<Then>;
 
-const CASES: [(&str, Case); 2] = [("device", device::run), ("memfd", memfd::run)];
+const CASES: [(&str, Case); 4] =
+    [("demo", demo::run), ("device", device::run), ("machine", machine::run), ("memfd", memfd::run)];
 
 pub(crate) fn find(name: &str) -> anyhow::Result<Case> {
     let found = CASES.iter().find(|(known, _)| *known == name);

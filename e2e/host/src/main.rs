@@ -6,13 +6,14 @@
 
 mod boot;
 mod cases;
+mod tideover;
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use rustix::system::RebootCommand;
 
-use crate::boot::CommandLine;
+use crate::boot::Life;
 use crate::cases::Then;
 
 fn main() -> ExitCode {
@@ -24,7 +25,10 @@ fn main() -> ExitCode {
     }
     match live() {
         Ok(()) => println!("e2e: passed"),
-        Err(error) => println!("e2e: FAILED {error:#}"),
+        Err(error) => {
+            print!("{}", tideover::logs());
+            println!("e2e: FAILED {error:#}");
+        }
     }
     rustix::fs::sync();
     let off = rustix::system::reboot(RebootCommand::PowerOff);
@@ -36,11 +40,12 @@ fn main() -> ExitCode {
 
 fn live() -> anyhow::Result<()> {
     boot::mount().context("cannot mount the file systems")?;
-    let command_line = CommandLine::read()?;
-    println!("e2e: life {} of {}", command_line.life, command_line.case);
-    let case = cases::find(&command_line.case)?;
-    match case(command_line.life).with_context(|| format!("in life {}", command_line.life))? {
+    let life = Life::read()?;
+    boot::await_tsc()?;
+    println!("e2e: life {} of {}", life.number, life.case);
+    let case = cases::find(&life.case)?;
+    match case(&life).with_context(|| format!("in life {}", life.number))? {
         Then::End => Ok(()),
-        Then::NextLife => boot::next_life(&command_line),
+        Then::NextLife => boot::next_life(&life),
     }
 }

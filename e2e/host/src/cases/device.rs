@@ -13,9 +13,11 @@ use liveupdate::Outgoing;
 use liveupdate::PreserveError;
 use rustix::fs::MemfdFlags;
 
+use crate::boot::Life;
+
 use super::Then;
 
-pub(crate) fn run(_life: u32) -> anyhow::Result<Then> {
+pub(crate) fn run(_life: &Life) -> anyhow::Result<Then> {
     let device = Device::open()?;
     ensure!(matches!(Device::open(), Err(OpenError::Busy)), "the device has a second user");
     let name = Name::new(b"one \x1b[31mred\xff")?;

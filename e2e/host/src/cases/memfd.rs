@@ -14,16 +14,18 @@ use liveupdate::PreserveError;
 use liveupdate::RetrieveError;
 use rustix::fs::MemfdFlags;
 
+use crate::boot::Life;
+
 use super::Then;
 
 const TOKEN: u64 = 7;
 /// With a hole in the middle, and an end within a page.
 const PIECES: [(u64, &[u8]); 3] = [(0, b"begins"), (5 << 20, b"goes on"), ((8 << 20) + 100, b"ends")];
 
-pub(crate) fn run(life: u32) -> anyhow::Result<Then> {
+pub(crate) fn run(life: &Life) -> anyhow::Result<Then> {
     let name = Name::new(b"memory")?;
     let device = Device::open()?;
-    if life == 1 {
+    if life.number == 1 {
         let memory = rustix::fs::memfd_create("memory", MemfdFlags::CLOEXEC | MemfdFlags::EXEC)?;
         let mut memory = File::from(memory);
         for (at, bytes) in PIECES {
@@ -43,8 +45,8 @@ pub(crate) fn run(life: u32) -> anyhow::Result<Then> {
     check(&memory)?;
     // Another descriptor of the same open file.
     let mut other = File::from(session.retrieve(TOKEN)?);
-    (&memory).seek(std::io::SeekFrom::Start(u64::from(life)))?;
-    ensure!(other.stream_position()? == u64::from(life), "two open files");
+    (&memory).seek(std::io::SeekFrom::Start(u64::from(life.number)))?;
+    ensure!(other.stream_position()? == u64::from(life.number), "two open files");
     (&memory).seek(std::io::SeekFrom::Start(3))?;
     let mut next = device.create(&name)?;
     let busy = next.preserve(TOKEN, memory.as_fd());
@@ -53,7 +55,7 @@ pub(crate) fn run(life: u32) -> anyhow::Result<Then> {
     session.finish()?;
     let finished = device.retrieve(&name);
     ensure!(matches!(finished, Err(FindError::Absent { .. })), "{finished:?}");
-    if life == 3 {
+    if life.number == 3 {
         return Ok(Then::End);
     }
     memory.write_all_at(b"B", 0)?;

@@ -1,0 +1,189 @@
+//! The command under test, as whoever runs this host would use it.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::BufRead as _;
+use std::io::BufReader;
+use std::path::Path;
+use std::process::Child;
+use std::process::Command;
+use std::process::Output;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use anyhow::bail;
+use anyhow::ensure;
+use rustix::process::Pid;
+use rustix::process::Signal;
+use rustix::process::WaitOptions;
+use serde_json::Value;
+
+const PROGRAM: &str = "/bin/tideover";
+/// Where the machines' sockets and logs are.
+const DIRECTORY: &str = "/run/tideover";
+/// For what takes moments on a real processor: this one is emulated, and the machine that does so may be busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// How many of the last lines of each log are shown.
+const LAST_LINES: usize = 15;
+
+fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.args(arguments).env("TIDEOVER_DIR", DIRECTORY).stdin(Stdio::null());
+    command
+}
+
+fn output(arguments: &[&str]) -> anyhow::Result<Output> {
+    command(arguments).output().with_context(|| format!("cannot run {PROGRAM}"))
+}
+
+/// Runs a verb that has to succeed, and gives what it says.
+pub(crate) fn run(arguments: &[&str]) -> anyhow::Result<String> {
+    let output = output(arguments)?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(
+        output.status.success(),
+        "tideover {}: {}: {said}{}",
+        arguments.join(" "),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim_end()
+    );
+    Ok(said)
+}
+
+/// Runs a verb that has to succeed, and gives its JSON.
+pub(crate) fn json(arguments: &[&str]) -> anyhow::Result<Value> {
+    let said = run(&[arguments, &["--json"]].concat())?;
+    serde_json::from_str(&said).with_context(|| format!("tideover {} says {said}", arguments.join(" ")))
+}
+
+/// How a machine is.
+pub(crate) fn status(machine: &str) -> anyhow::Result<Value> {
+    json(&["status", machine])
+}
+
+/// The number in a field of an answer.
+pub(crate) fn number(answer: &Value, field: &str) -> anyhow::Result<u64> {
+    answer[field].as_u64().with_context(|| format!("no number {field} in {answer}"))
+}
+
+/// Replaces a machine's VMM. Its pause is of no interest here, but has to end.
+pub(crate) fn update(machine: &str, carrier: &str) -> anyhow::Result<()> {
+    let report = json(&["update", machine, "--carrier", carrier, "--timeout", "60s"])?;
+    ensure!(report["outcome"] == "updated", "by {carrier}: {report}");
+    println!("updated by {carrier} in {} us", report["pause_us"]);
+    Ok(())
+}
+
+/// Waits until there is what is looked for.
+pub(crate) fn wait_for<T>(
+    what: &str,
+    patience: Duration,
+    mut look: impl FnMut() -> anyhow::Result<Option<T>>,
+) -> anyhow::Result<T> {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        ensure!(begun.elapsed() < patience, "{what} does not come in {} s", patience.as_secs());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Waits until a machine's reference guest has counted so much more, and gives its count.
+pub(crate) fn wait_ticks(machine: &str, more: u64) -> anyhow::Result<u64> {
+    let from = number(&status(machine)?, "ticks")?;
+    wait_for("another tick", PATIENCE, || {
+        let ticks = number(&status(machine)?, "ticks")?;
+        Ok((ticks >= from + more).then_some(ticks))
+    })
+}
+
+/// Kills a process, and waits for its end.
+pub(crate) fn kill(pid: u64) -> anyhow::Result<()> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no number of a process")?;
+    rustix::process::kill_process(number, Signal::KILL).with_context(|| format!("cannot kill {pid}"))?;
+    wait_for("the end of a process", PATIENCE, || {
+        // Orphans come to the first process.
+        let _ = rustix::process::waitpid(Some(number), WaitOptions::NOHANG);
+        Ok((!is_alive(pid)).then_some(()))
+    })
+}
+
+/// Whether there is such a process, and not only what is left of one.
+pub(crate) fn is_alive(pid: u64) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+}
+
+/// The last lines of all machines' logs.
+pub(crate) fn logs() -> String {
+    let Ok(entries) = fs::read_dir(DIRECTORY) else { return String::new() };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths
+        .filter(|path| path.extension() == Some("log".as_ref()))
+        .fold(String::new(), |text, path| text + &log(&path))
+}
+
+fn log(path: &Path) -> String {
+    let text = String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+    let skipped = text.lines().count().saturating_sub(LAST_LINES);
+    text.lines().skip(skipped).fold(String::new(), |mut shown, line| {
+        // A string takes whatever is written to it.
+        let _ = writeln!(shown, "{}: {line}", path.display());
+        shown
+    })
+}
+
+/// A verb that goes on. It ends with this.
+pub(crate) struct Started {
+    child: Child,
+    said: Arc<Mutex<Vec<String>>>,
+}
+
+impl Started {
+    pub(crate) fn new(arguments: &[&str]) -> anyhow::Result<Self> {
+        let mut child = command(arguments).stdout(Stdio::piped()).spawn().context("cannot start a verb")?;
+        let output = child.stdout.take().context("a verb has no output")?;
+        let said = Arc::new(Mutex::new(Vec::new()));
+        thread::spawn({
+            let said = Arc::clone(&said);
+            move || {
+                let mut lines = BufReader::new(output).split(b'\n');
+                while let Some(Ok(line)) = lines.next() {
+                    let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                    said.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+                }
+            }
+        });
+        Ok(Self { child, said })
+    }
+
+    /// The whole lines that it has said so far.
+    pub(crate) fn said(&self) -> Vec<String> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn wait(mut self) -> anyhow::Result<Vec<String>> {
+        let status = wait_for("a verb's end", PATIENCE, || Ok(self.child.try_wait()?))?;
+        if !status.success() {
+            bail!("it ended: {status}; it said {:?}", self.said());
+        }
+        Ok(self.said())
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
