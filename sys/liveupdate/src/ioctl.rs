@@ -1,4 +1,5 @@
-//! The calls themselves: `_IO(0xBA, number)`, each with one structure whose first word is its size.
+//! The calls themselves: `_IO(0xBA, number)`, each with one structure whose first word is its size; and those that freeze a
+//! file system.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -60,6 +61,11 @@ const RETRIEVE_FD: libc::Ioctl = 0xba41;
 const FINISH: libc::Ioctl = 0xba42;
 const GET_NAME: libc::Ioctl = 0xba43;
 
+/// `_IOWR('X', 119, int)`, of which the kernel neither reads nor writes the number.
+const FIFREEZE: libc::Ioctl = 0xc004_5877;
+/// `_IOWR('X', 120, int)`, likewise.
+const FITHAW: libc::Ioctl = 0xc004_5878;
+
 /// Makes a call with a structure that the kernel reads and writes no further than the size in its first word.
 ///
 /// # Safety
@@ -120,4 +126,20 @@ pub(crate) fn get_name(session: impl AsFd) -> io::Result<[u8; FIELD_BYTES]> {
     // SAFETY: the call takes this structure.
     unsafe { call(session, GET_NAME, &mut structure)? };
     Ok(structure.name)
+}
+
+/// Freezes the file system that the file is of.
+pub(crate) fn freeze(file: impl AsFd) -> io::Result<()> {
+    without_argument(file, FIFREEZE)
+}
+
+/// Thaws the file system that the file is of.
+pub(crate) fn thaw(file: impl AsFd) -> io::Result<()> {
+    without_argument(file, FITHAW)
+}
+
+fn without_argument(file: impl AsFd, number: libc::Ioctl) -> io::Result<()> {
+    // SAFETY: both calls that come here use no memory of the caller's.
+    let result = unsafe { libc::ioctl(file.as_fd().as_raw_fd(), number, 0) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

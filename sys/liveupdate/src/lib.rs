@@ -28,7 +28,7 @@
 //! # drop(memory); Ok(()) }
 //! ```
 //!
-//! How much time a guest missed in between is told by [`moment`].
+//! The host's file systems are made to stand still for it by [`filesystems`]. How much time a guest missed is told by [`moment`].
 //!
 //! # Traps
 //!
@@ -56,6 +56,7 @@
 )]
 
 mod device;
+pub mod filesystems;
 mod ioctl;
 pub mod kexec;
 #[cfg(target_arch = "x86_64")]
