@@ -4,11 +4,13 @@
 //! `KVM_CHECK_EXTENSION` for the VM at hand, or of the ioctl that the field names.
 
 use std::ffi::c_ulong;
+use std::num::NonZeroU32;
 
 use kvm_bindings as bind;
 use kvm_ioctls::{Kvm, VmFd};
 
 use crate::guest_memfd::{self, GuestMemfdFlags};
+use crate::ioctl;
 
 /// What the KVM of one VM can do, as far as this crate makes a difference of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +41,9 @@ pub struct Capabilities {
     pub tsc_khz: bool,
     /// The frequency of a vCPU's TSC can be another than the host's (`KVM_CAP_TSC_CONTROL`).
     pub tsc_control: bool,
+    /// How fast the host's TSC runs, in kHz, as KVM reckons with it; `None` if it does not say (`KVM_GET_TSC_KHZ` of the VM, to
+    /// which no other frequency has been given when it is asked).
+    pub host_tsc_khz: Option<NonZeroU32>,
     /// State of a guest that is itself a hypervisor (`KVM_CAP_NESTED_STATE`). This crate looks at it
     /// only to refuse such a guest.
     pub nested_state: bool,
@@ -95,6 +100,7 @@ impl Capabilities {
             },
             tsc_khz: has(bind::KVM_CAP_GET_TSC_KHZ),
             tsc_control: has(bind::KVM_CAP_TSC_CONTROL),
+            host_tsc_khz: ioctl::vm_tsc_khz(vm),
             nested_state: has(bind::KVM_CAP_NESTED_STATE),
             sync_registers: extension(vm, bind::KVM_CAP_SYNC_REGS),
             immediate_exit: has(bind::KVM_CAP_IMMEDIATE_EXIT),

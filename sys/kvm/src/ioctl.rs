@@ -2,11 +2,12 @@
 
 use std::ffi::c_ulong;
 use std::mem::size_of;
+use std::num::NonZeroU32;
 
 use kvm_bindings as bind;
 use kvm_ioctls::{Error, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{
-    _IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ptr, ioctl_with_ptr, ioctl_with_ref,
+    _IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl, ioctl_expr, ioctl_with_mut_ptr, ioctl_with_ptr, ioctl_with_ref,
 };
 
 use crate::capabilities::extension;
@@ -22,6 +23,7 @@ const fn number<T>(direction: u32, nr: u32) -> c_ulong {
 const KVM_GET_XSAVE: c_ulong = number::<bind::kvm_xsave>(_IOC_READ, 0xa4);
 const KVM_SET_XSAVE: c_ulong = number::<bind::kvm_xsave>(_IOC_WRITE, 0xa5);
 const KVM_GET_XSAVE2: c_ulong = number::<bind::kvm_xsave>(_IOC_READ, 0xcf);
+const KVM_GET_TSC_KHZ: c_ulong = ioctl_expr(_IOC_NONE, bind::KVMIO, 0xa3, 0);
 const KVM_SET_DEVICE_ATTR: c_ulong = number::<bind::kvm_device_attr>(_IOC_WRITE, 0xe1);
 const KVM_GET_DEVICE_ATTR: c_ulong = number::<bind::kvm_device_attr>(_IOC_WRITE, 0xe2);
 const KVM_HAS_DEVICE_ATTR: c_ulong = number::<bind::kvm_device_attr>(_IOC_WRITE, 0xe3);
@@ -80,6 +82,14 @@ pub(crate) fn set_xsave(vcpu: &VcpuFd, len: XsaveLen, state: &[u8]) -> Result<()
     // SAFETY: KVM reads at most `len.bytes` bytes, as the invariant of `XsaveLen` says, and `state` has as
     // many.
     check(unsafe { ioctl_with_ptr(vcpu, KVM_SET_XSAVE, state.as_ptr()) })
+}
+
+/// How fast the TSC of a vCPU is that is made next, in kHz: that of the host's, until the VM is told another. `None` if KVM does
+/// not say: it can be asked since Linux 5.18.
+pub(crate) fn vm_tsc_khz(vm: &VmFd) -> Option<NonZeroU32> {
+    // SAFETY: the call has no argument, and its answer is the number.
+    let khz = unsafe { ioctl(vm, KVM_GET_TSC_KHZ) };
+    u32::try_from(khz).ok().and_then(NonZeroU32::new)
 }
 
 /// Whether the offset of the vCPU's TSC to the host's can be read and set.

@@ -231,6 +231,17 @@ pub enum Fault {
         /// The host's TSC now.
         now: u64,
     },
+    /// The TSC runs at another frequency than the guest's did, and this KVM can neither scale it
+    /// (`KVM_CAP_TSC_CONTROL`) nor take the two for one.
+    #[error(
+        "the guest's TSC ran at {saved} kHz, and here it runs at {here} kHz, which this KVM cannot change"
+    )]
+    TscKhz {
+        /// The frequency in the state, in kHz.
+        saved: u32,
+        /// The frequency here, in kHz.
+        here: u32,
+    },
     /// The guest is a hypervisor with guests of its own, whose state this crate does not save.
     #[error("the guest uses nested virtualization")]
     Nested,

@@ -50,6 +50,15 @@
 //! through the pause as the host's does. Only where it does not is the TSC itself saved, as an MSR; it
 //! then stands still during the pause. So of the offset and MSR 0x10 a state has one. Some KVMs show
 //! their guests the host's TSC and accept any offset without effect; the offset they report is zero.
+//!
+//! A kexec does not reset the host's TSC, so the offset holds across it, and the guest's TSC goes on by the time that passed. The
+//! next kernel may measure the TSC's frequency anew and find one that is a little off: it is the same TSC, so
+//! one within KVM's tolerance is taken as it is. A host whose TSC was reset is refused when the VM's clock is loaded, which is
+//! before the guest runs: the guest's TSC would go back, and what hangs on it (deadlines above all) is loaded by
+//! then.
+//!
+//! A guest whose TSC is scaled to another frequency than the host's is not safe across a kexec: how much its offset counts for hangs
+//! on the ratio of the two, which the next kernel may measure anew.
 
 use kvm_bindings::kvm_msr_entry;
 
@@ -57,6 +66,10 @@ use crate::ioctl;
 use crate::msr::{self, MsrReader};
 use crate::state::{Fault, VcpuGroup, put, take};
 use crate::vcpu::Vcpu;
+
+/// By how many parts per million two frequencies may differ that are taken for one: what KVM does unless it is told
+/// otherwise (its parameter `tsc_tolerance_ppm`).
+const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// The MSRs that a vCPU's state is read into, in buffers made ahead.
 #[derive(Debug, Default)]
@@ -172,11 +185,12 @@ pub(crate) const GROUPS: &[Descriptor] = &[
             Ok(())
         },
         load: |vcpu, data, _| {
-            let khz = u32::from_le_bytes(take(data)?);
-            if vcpu.fd().get_tsc_khz()? != khz {
-                vcpu.fd().set_tsc_khz(khz)?;
+            let (saved, here) = (u32::from_le_bytes(take(data)?), vcpu.fd().get_tsc_khz()?);
+            match frequency(saved, here, vcpu.capabilities().tsc_control) {
+                Frequency::Fits => Ok(()),
+                Frequency::ToSet => Ok(vcpu.fd().set_tsc_khz(saved)?),
+                Frequency::CannotBe => Err(Fault::TscKhz { saved, here }),
             }
-            Ok(())
         },
     },
     Descriptor {
@@ -220,6 +234,28 @@ pub(crate) const GROUPS: &[Descriptor] = &[
         load: |vcpu, data, _| Ok(vcpu.fd().set_lapic(&take(data)?)?),
     },
 ];
+
+/// What is to be done about a frequency of the TSC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Frequency {
+    Fits,
+    ToSet,
+    CannotBe,
+}
+
+/// What is to be done for a guest whose TSC ran at `saved` kHz on a vCPU whose TSC runs at `here` kHz.
+///
+/// Without scaling, KVM takes any frequency that is a little off for the host's, makes the guest's TSC jump after a higher one for
+/// ever, and refuses a lower one. So what it would take is left as it is, and the rest is refused.
+fn frequency(saved: u32, here: u32, can_scale: bool) -> Frequency {
+    let apart = u64::from(saved.abs_diff(here)) * 1_000_000;
+    match (saved == here, can_scale) {
+        (true, _) => Frequency::Fits,
+        (false, true) => Frequency::ToSet,
+        (false, false) if apart <= u64::from(here) * TSC_TOLERANCE_PPM => Frequency::Fits,
+        (false, false) => Frequency::CannotBe,
+    }
+}
 
 /// The order of loading, up to what needs the VM's state.
 pub(crate) const LOAD_ORDER: &[VcpuGroup] = &[
@@ -273,6 +309,26 @@ mod tests {
             assert_eq!(order.len(), all.len());
             assert_eq!(order.into_iter().collect::<BTreeSet<_>>(), all);
         }
+    }
+
+    #[test]
+    fn a_tsc_that_was_measured_anew_is_the_same_and_another_one_is_refused_or_scaled() {
+        let here = 2_600_000;
+        for (saved, unscaled) in [
+            (here, Frequency::Fits),
+            (here + 650, Frequency::Fits),
+            (here - 650, Frequency::Fits),
+            (here + 651, Frequency::CannotBe),
+            (here - 651, Frequency::CannotBe),
+            (0, Frequency::CannotBe),
+            (u32::MAX, Frequency::CannotBe),
+        ] {
+            assert_eq!(frequency(saved, here, false), unscaled, "{saved}");
+            let scaled = if saved == here { Frequency::Fits } else { Frequency::ToSet };
+            assert_eq!(frequency(saved, here, true), scaled, "{saved}");
+        }
+        assert_eq!(frequency(u32::MAX, u32::MAX - 1, false), Frequency::Fits);
+        assert_eq!(frequency(1, 0, false), Frequency::CannotBe);
     }
 
     #[test]

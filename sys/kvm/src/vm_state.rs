@@ -5,10 +5,24 @@
 //! when an IOAPIC is loaded, it hands interrupts that wait in it to the LAPICs, whose loading would
 //! overwrite them.
 //!
-//! The clock (kvmclock) is set forward by the time of day that passed between save and load, by KVM
-//! where it can, else here. It is to be loaded before the MSRs by which the guest shares it
-//! ([`Loader::finish`](crate::Loader::finish)).
+//! # The clock
+//!
+//! The clock (kvmclock) is set forward by the time that passed between save and load. It is to be loaded before the
+//! MSRs by which the guest shares it ([`Loader::finish`](crate::Loader::finish)).
+//!
+//! What passed is what the host's TSC says, where KVM tells it with its clock (`KVM_CLOCK_HOST_TSC`: the host keeps time by its
+//! TSC, and all vCPUs' TSCs go together) on both sides, and says how fast it runs (Linux 5.18). The clock then stands to some
+//! microseconds where it would stand had the guest run on, across a kexec too, and whatever is done to the host's time of
+//! day meanwhile; and it stays with the guest's own TSC.
+//!
+//! Elsewhere it is the host's time of day, set forward by KVM where it can (`KVM_CLOCK_REALTIME`), else here: right to a second after a
+//! kexec, and wrong by whatever that time was stepped by meanwhile. A time of day that went back sets nothing
+//! back.
+//!
+//! A host's TSC that stands before where it stood is refused. One that was reset and has come past that is not told from one that
+//! ran on: the clock is then late, with the guest's TSC.
 
+use std::num::NonZeroU32;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_bindings as bind;
@@ -218,22 +232,44 @@ fn get_clock(vm: &Vm) -> Result<Vec<u8>, Fault> {
     Ok(bytes(&clock))
 }
 
+/// What the clock may be off from what the host's TSC says, in ns: more than it takes to read and set it.
+const CLOSE_NS: u64 = 10_000;
+
+/// How often it is set by the TSC, at most: a thread that lost its processor in between sets it late.
+const CORRECTIONS: u32 = 3;
+
 fn set_clock(vm: &Vm, data: &[u8]) -> Result<(), Fault> {
     let saved: kvm_clock_data = take(data)?;
-    check_host_tsc(&saved, &vm.fd().get_clock()?)?;
     let kvm_sets_forward =
         vm.capabilities().clock_flags.is_some_and(|flags| flags & bind::KVM_CLOCK_REALTIME != 0);
-    let clock = clock_to_set(&saved, kvm_sets_forward, time_of_day());
-    Ok(vm.fd().set_clock(&clock)?)
+    vm.fd().set_clock(&clock_to_set(&saved, kvm_sets_forward, time_of_day()))?;
+    // Not sooner: a VM whose vCPUs have not run tells the host's TSC only when its clock has been set.
+    let mut now = vm.fd().get_clock()?;
+    let ran_on = host_tsc_ran_on(&saved, &now)?;
+    let Some(khz) = vm.capabilities().host_tsc_khz.filter(|_| ran_on) else { return Ok(()) };
+    for _ in 0..CORRECTIONS {
+        let Some(clock) = correction(&saved, &now, khz) else { break };
+        vm.fd().set_clock(&kvm_clock_data { clock, ..Default::default() })?;
+        now = vm.fd().get_clock()?;
+    }
+    Ok(())
 }
 
-/// Refuses if the host's TSC, as far as KVM tells it with its clocks, went back.
-fn check_host_tsc(saved: &kvm_clock_data, now: &kvm_clock_data) -> Result<(), Fault> {
+/// Whether the host's TSC ran on, as far as KVM tells it with its clocks; refuses if it went back.
+fn host_tsc_ran_on(saved: &kvm_clock_data, now: &kvm_clock_data) -> Result<bool, Fault> {
     let both_tell = saved.flags & now.flags & bind::KVM_CLOCK_HOST_TSC != 0;
     if both_tell && now.host_tsc < saved.host_tsc {
         return Err(Fault::HostTscWentBack { saved: saved.host_tsc, now: now.host_tsc });
     }
-    Ok(())
+    Ok(both_tell)
+}
+
+/// What the clock has to be by the host's TSC, if it is not that already.
+fn correction(saved: &kvm_clock_data, now: &kvm_clock_data, khz: NonZeroU32) -> Option<u64> {
+    let ticks = now.host_tsc.saturating_sub(saved.host_tsc);
+    let passed_ns = u128::from(ticks) * 1_000_000 / u128::from(khz.get());
+    let clock = saved.clock.saturating_add(u64::try_from(passed_ns).unwrap_or(u64::MAX));
+    (clock.abs_diff(now.clock) > CLOSE_NS).then_some(clock)
 }
 
 /// What to give to `KVM_SET_CLOCK` at the time of day `now`. Of the flags that a saved clock has, one can
@@ -268,11 +304,36 @@ mod tests {
     #[test]
     fn a_host_tsc_that_went_back_is_refused_where_kvm_tells_it() {
         let later = kvm_clock_data { host_tsc: 78, ..SAVED };
-        check_host_tsc(&SAVED, &later).unwrap();
-        let refused = check_host_tsc(&later, &SAVED);
+        assert!(host_tsc_ran_on(&SAVED, &later).unwrap());
+        let refused = host_tsc_ran_on(&later, &SAVED);
         assert!(matches!(refused, Err(Fault::HostTscWentBack { saved: 78, now: 77 })), "{refused:?}");
         let untold = kvm_clock_data { flags: 0, host_tsc: 0, ..SAVED };
-        check_host_tsc(&SAVED, &untold).unwrap();
+        assert!(!host_tsc_ran_on(&SAVED, &untold).unwrap());
+        assert!(!host_tsc_ran_on(&untold, &SAVED).unwrap());
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_set_to_what_the_hosts_tsc_says() {
+        let khz = NonZeroU32::new(2_600_000).unwrap();
+        let now = |clock, ticks| kvm_clock_data { clock, host_tsc: SAVED.host_tsc + ticks, ..SAVED };
+        // 13 s, in which the time of day went on by 14, or back.
+        let (ticks, due) = (33_800_000_000, 13_000_001_000);
+        assert_eq!(correction(&SAVED, &now(14_000_001_000, ticks), khz), Some(due));
+        assert_eq!(correction(&SAVED, &now(1_000, ticks), khz), Some(due));
+        assert_eq!(correction(&SAVED, &now(due + CLOSE_NS + 1, ticks), khz), Some(due));
+        for close in [due - CLOSE_NS, due, due + CLOSE_NS] {
+            assert_eq!(correction(&SAVED, &now(close, ticks), khz), None);
+        }
+    }
+
+    #[test]
+    fn a_clock_comes_to_its_end_and_not_to_its_beginning() {
+        let khz = NonZeroU32::new(1).unwrap();
+        let now = kvm_clock_data { host_tsc: u64::MAX, ..SAVED };
+        assert_eq!(correction(&SAVED, &now, khz), Some(u64::MAX));
+        let saved = kvm_clock_data { clock: u64::MAX - 5, ..SAVED };
+        let now = kvm_clock_data { host_tsc: SAVED.host_tsc + 2_600_000, ..SAVED };
+        assert_eq!(correction(&saved, &now, NonZeroU32::new(2_600_000).unwrap()), Some(u64::MAX));
     }
 
     #[test]

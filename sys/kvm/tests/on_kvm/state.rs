@@ -549,6 +549,123 @@ fn the_clock_goes_on_by_the_time_that_passed() {
     assert!(clock_passed.abs_diff(time_passed) < 20_000_000, "{clock_passed} ns of {time_passed} ns");
 }
 
+<<<<<<< HEAD
+/// The VM's state with its clock changed.
+fn with_clock(state: &VmState, change: impl FnOnce(&mut bind::kvm_clock_data)) -> VmState {
+    let mut clock = state.clock().unwrap();
+    change(&mut clock);
+    let mut list = groups::decode(&state.encode()).unwrap();
+    let group = list.iter_mut().find(|group| group.id == VmGroup::Clock.id()).unwrap();
+    group.data[..8].copy_from_slice(&clock.clock.to_le_bytes());
+    group.data[16..24].copy_from_slice(&clock.realtime.to_le_bytes());
+    group.data[24..32].copy_from_slice(&clock.host_tsc.to_le_bytes());
+    let changed = VmState::decode(&groups::encode(&list)).unwrap();
+    assert_eq!(changed.clock().unwrap(), clock);
+    changed
+}
+
+/// Whether KVM says where the host's TSC stood when the clock was read.
+fn tells_host_tsc(state: &VmState) -> bool {
+    state.clock().unwrap().flags & bind::KVM_CLOCK_HOST_TSC != 0
+}
+
+#[test]
+fn the_clock_goes_by_the_hosts_tsc_whatever_the_time_of_day_says() {
+    harness::need!(kvm);
+    let kvm = kvm();
+    let memory = TestMemory::with_code(COUNT);
+    let mut old = machine(&kvm, &memory, Irqchip::Split { pins: 24 });
+    run_for(&mut old.vcpu, Duration::from_millis(20));
+    let saved = VmState::save(&old.vm).unwrap();
+    let by_tsc = old.vm.capabilities().host_tsc_khz.filter(|_| tells_host_tsc(&saved));
+    let before = saved.clock().unwrap();
+    let hour_ns = 3_600_000_000_000;
+    // The host's time of day is set forward by an hour meanwhile, or back.
+    for stepped in [before.realtime - hour_ns, before.realtime + hour_ns] {
+        let new = machine(&kvm, &memory, Irqchip::Split { pins: 24 });
+        with_clock(&saved, |clock| clock.realtime = stepped).load(&new.vm).unwrap();
+        let after = VmState::save(&new.vm).unwrap();
+        let passed_ns = after.clock().unwrap().clock - before.clock;
+        let Some(khz) = by_tsc else {
+            // All that there is to go by.
+            assert_eq!(passed_ns >= hour_ns, stepped < before.realtime, "{passed_ns} ns");
+            continue;
+        };
+        assert!(tells_host_tsc(&after));
+        let ticks = after.clock().unwrap().host_tsc - before.host_tsc;
+        let due_ns = u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(khz.get())).unwrap();
+        // A machine that is busy may set it late, each time that it tries.
+        assert!(due_ns.abs_diff(passed_ns) < 20_000_000, "{passed_ns} ns for {due_ns} ns");
+    }
+}
+
+/// Of a VM whose vCPUs have not run, KVM tells the host's TSC only when its clock has been set.
+#[test]
+fn a_host_whose_tsc_went_back_is_refused_by_a_vm_that_has_not_run() {
+    harness::need!(kvm);
+    let kvm = kvm();
+    let memory = TestMemory::with_code(COUNT);
+    let mut old = machine(&kvm, &memory, Irqchip::Split { pins: 24 });
+    run_for(&mut old.vcpu, Duration::from_millis(20));
+    let saved = VmState::save(&old.vm).unwrap();
+    let ahead = saved.clock().unwrap().host_tsc + (1 << 60);
+    let new = machine(&kvm, &memory, Irqchip::Split { pins: 24 });
+    let loaded = with_clock(&saved, |clock| clock.host_tsc = ahead).load(&new.vm);
+    if tells_host_tsc(&saved) {
+        let Err(VmLoadError::Group { group, source: Fault::HostTscWentBack { saved, .. } }) = loaded else {
+            panic!("{loaded:?}");
+        };
+        assert_eq!((group, saved), (VmGroup::Clock, ahead));
+    } else {
+        loaded.unwrap();
+    }
+}
+
+=======
+>>>>>>> 732e879 (kvm: a TSC that the next kernel measures a little otherwise is taken as it is)
+/// The frequency of the TSC in the state that a vCPU has after it was loaded with another one.
+fn tsc_khz_after(kvm: &Kvm, change: impl FnOnce(u32) -> u32) -> Result<(u32, u32), LoadError> {
+    let memory = TestMemory::with_code(COUNT);
+    let old = machine(kvm, &memory, Irqchip::None);
+    let khz = |data: &[u8]| u32::from_le_bytes(data.try_into().unwrap());
+    let here = old.vcpu.fd().get_tsc_khz().unwrap();
+    let bytes = with_group(&save(&old.vcpu), VcpuGroup::TscKhz, |data| {
+        *data = change(khz(data)).to_le_bytes().to_vec();
+    });
+    let state = VcpuState::decode(&bytes).unwrap();
+    let mut new = machine(kvm, &memory, Irqchip::None);
+    let loader = Loader::prepare(&new.vcpu).unwrap();
+    loader.load(&mut new.vcpu, &state)?;
+    loader.finish(&mut new.vcpu, &state)?;
+    Ok((here, khz(save(&new.vcpu).data(VcpuGroup::TscKhz).unwrap())))
+}
+
+#[test]
+fn a_tsc_that_the_next_kernel_measures_a_little_otherwise_is_loaded() {
+    harness::need!(kvm);
+    let kvm = kvm();
+    let memory = TestMemory::with_code(COUNT);
+    let probe = machine(&kvm, &memory, Irqchip::None);
+    if save(&probe.vcpu).data(VcpuGroup::TscKhz).is_none() {
+        return;
+    }
+    let scales = probe.vm.capabilities().tsc_control;
+    for (up, down) in [(200, 0), (0, 200)] {
+        let little = |khz: u32| khz + khz / 1_000_000 * up - khz / 1_000_000 * down;
+        let (here, loaded) = tsc_khz_after(&kvm, little).unwrap();
+        assert_eq!(loaded, if scales { little(here) } else { here });
+    }
+    for other in [|khz: u32| khz / 2, |khz: u32| khz + khz / 1000] {
+        match tsc_khz_after(&kvm, other) {
+            Ok((here, loaded)) => assert_eq!((loaded, scales), (other(here), true)),
+            Err(LoadError::Group { group: VcpuGroup::TscKhz, source: Fault::TscKhz { saved, here } }) => {
+                assert_eq!((saved, scales), (other(here), false))
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
 /// P6.5.6.
 #[test]
 fn irqchip_and_pit_survive_a_change_of_vm() {
