@@ -18,6 +18,7 @@
 //! | [`record`] | the fixed head of our own records | ours |
 //! | [`regions`], [`gmem`], [`vm`], [`state`] | region table, guest memory, machine, state of a vCPU or device | ours |
 //! | [`foreign`] | a descriptor that goes with the machine | ours |
+//! | [`note`] | what a program says to the one after it, in a file of its own | ours |
 //! | [`numa`] | NUMA policy inside the region table | ours |
 //! | [`groups`] | typed groups inside a state | ours |
 //!
@@ -40,6 +41,7 @@ pub mod kvm_vm;
 pub mod luo;
 pub mod memfd;
 pub mod memory;
+pub mod note;
 pub mod numa;
 pub mod radix;
 pub mod record;

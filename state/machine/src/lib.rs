@@ -32,6 +32,7 @@ pub mod update;
 mod vm_file;
 
 pub use abi::arena::Nonce;
+pub use abi::arena::OwnershipState;
 pub use abi::arena::OwnershipWord;
 pub use abi::foreign::FdKind;
 pub use abi::foreign::FdName;

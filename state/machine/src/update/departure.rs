@@ -10,6 +10,8 @@ use gmem::Freeze;
 use gmem::FreezeError;
 use gmem::Held;
 use gmem::UnfitError;
+use region::PageSize;
+use region::WarmError;
 use thiserror::Error;
 use tracing::warn;
 
@@ -32,6 +34,12 @@ pub enum DepartureError {
     /// A page of guest memory is lost, or the guest's alone.
     #[error("the machine cannot be handed over")]
     Memory(#[source] UnfitError),
+    /// Guest memory could not get all of its pages.
+    #[error("cannot fill the guest's memory")]
+    Fill(#[source] WarmError),
+    /// Pages of guest memory were given back while it was to be filled, again and again.
+    #[error("guest memory does not stay whole: its pages are given back all the time")]
+    NotWhole,
     /// Guest memory could not be frozen.
     #[error("cannot freeze the guest's memory")]
     Freeze(#[source] FreezeError),
@@ -148,7 +156,9 @@ impl<'a, G: Guest> Departure<'a, G> {
     /// [`DepartureError`]: what was done until then stands until [`go_back`](Self::go_back).
     pub fn pause_and_seal(&mut self) -> Result<u32, DepartureError> {
         let freeze = |memory: &crate::Memory| memory.inode.freeze().map_err(DepartureError::Freeze);
-        self.freezes = self.machine.memories().iter().map(freeze).collect::<Result<_, _>>()?;
+        for memory in self.machine.memories() {
+            self.freezes.push(freeze(memory)?);
+        }
         let failed = |step| move |source: G::Error| DepartureError::Guest { step, source: Box::new(source) };
         self.paused_ns = Some(monotonic_ns());
         self.guest.pause().map_err(failed(Step::Paused))?;
@@ -159,6 +169,19 @@ impl<'a, G: Guest> Departure<'a, G> {
         self.sealed = true;
         self.reached(Step::Sealed);
         Ok(epoch)
+    }
+
+    /// Gives guest memory all its pages and freezes it, while the guest runs: for a carrier whose kernel fills holes behind the
+    /// back of who waits at one.
+    ///
+    /// # Errors
+    /// [`DepartureError`]: what was done until then stands until [`go_back`](Self::go_back).
+    pub fn fill_and_freeze(&mut self) -> Result<(), DepartureError> {
+        for memory in self.machine.memories() {
+            let freeze = freeze_whole(memory)?;
+            self.freezes.push(freeze);
+        }
+        Ok(())
     }
 
     /// Takes the machine back, if it is sealed: the first step back.
@@ -188,4 +211,22 @@ impl<'a, G: Guest> Departure<'a, G> {
         self.guest.resume()?;
         Ok(Some(Duration::from_nanos(monotonic_ns().saturating_sub(paused_ns))))
     }
+}
+
+/// How often memory is filled that is punched meanwhile.
+const FILL_TRIES: u32 = 3;
+
+/// A freeze that holds no fault, since there is no hole.
+fn freeze_whole(memory: &crate::Memory) -> Result<Freeze, DepartureError> {
+    for _ in 0..FILL_TRIES {
+        let whole = memory.inode.mapping().region().is_whole();
+        if !whole.is_ok_and(|whole| whole) {
+            memory.inode.mapping().warm(PageSize::Small, &mut |_, _| {}).map_err(DepartureError::Fill)?;
+        }
+        let freeze = memory.inode.freeze().map_err(DepartureError::Freeze)?;
+        if freeze.held() != Held::Userfaultfd {
+            return Ok(freeze);
+        }
+    }
+    Err(DepartureError::NotWhole)
 }
