@@ -26,13 +26,18 @@
 //! standard input, or by someone else, and then [connects](Successor::connect) to a path that the predecessor listens at.
 #![forbid(unsafe_code)]
 
+mod custody;
 mod message;
 mod predecessor;
 mod program;
+mod proposal;
 mod successor;
 
 use std::time::Duration;
 
+pub use custody::Custody;
+pub use custody::Passed;
+pub use custody::pass_on;
 use machine::update::Capabilities;
 pub use message::LinkError;
 pub use message::PROTOCOL;

@@ -40,6 +40,9 @@ pub(crate) enum Message {
         regions: Vec<u64>,
         descriptors: usize,
         vmm: serde_json::Value,
+        /// The regions are other files than those that the machine's metadata tells of: a kernel has made them again.
+        #[serde(default, skip_serializing_if = "is_not")]
+        made_again: bool,
     },
     Accept,
     Memory,
@@ -48,6 +51,9 @@ pub(crate) enum Message {
     },
     Sealed {
         epoch: u32,
+        /// The ownership word of a claim whose claimant is dead: the claim is to be made again.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        claimed: Option<u64>,
     },
     Running {
         steps: Vec<(String, u64)>,
@@ -65,6 +71,11 @@ pub(crate) enum Message {
     Refuse {
         reason: String,
     },
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+const fn is_not(flag: &bool) -> bool {
+    !*flag
 }
 
 impl Message {
@@ -237,7 +248,8 @@ mod tests {
     fn messages_are_these_bytes() {
         let bytes = |message: &Message| String::from_utf8(serde_json::to_vec(message).unwrap()).unwrap();
         assert_eq!(bytes(&Message::Accept), r#"{"message":"accept"}"#);
-        assert_eq!(bytes(&Message::Sealed { epoch: 2 }), r#"{"message":"sealed","epoch":2}"#);
+        let sealed = Message::Sealed { epoch: 2, claimed: None };
+        assert_eq!(bytes(&sealed), r#"{"message":"sealed","epoch":2}"#);
         let steps = vec![("running".to_owned(), 5)];
         assert_eq!(bytes(&Message::Running { steps }), r#"{"message":"running","steps":[["running",5]]}"#);
     }

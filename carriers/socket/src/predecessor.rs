@@ -26,14 +26,13 @@ use machine::update::Step;
 use machine::update::Timeline;
 use region::liveness;
 use thiserror::Error;
-use tracing::info;
 use tracing::warn;
 
 use crate::Timeouts;
 use crate::message;
 use crate::message::LinkError;
 use crate::message::Message;
-use crate::message::PROTOCOL;
+use crate::proposal::Proposal;
 
 /// How long to wait for what shows that a process lives, after its end of the channel is closed.
 pub(crate) const DEATH: Duration = Duration::from_millis(500);
@@ -264,38 +263,17 @@ impl<G: Guest> Update<'_, G> {
 
     /// Who are you, and can you read what you would get?
     fn agree(&mut self, deadline: Deadline) -> Result<(), Reason> {
-        let link = |step| move |source| Reason::Link { step, source };
-        let hello = message::receive(self.channel, "hello", deadline).map_err(link(Step::Connected))?;
-        let Message::Hello { protocol, program, version, pid, reads } = hello else {
-            return Err(link(Step::Connected)(LinkError::Closed));
-        };
-        if protocol != PROTOCOL {
-            return Err(link(Step::Connected)(LinkError::Protocol { theirs: protocol }));
-        }
-        // Its own word has to do: of a socket pair the kernel names the maker, which may be a third.
-        self.successor_pid = pid;
-        let (program, version) = (message::shown(&program), message::shown(&version));
-        info!(pid, program, version, "a successor is here");
-        self.departure.reached(Step::Connected);
-        let formats: Vec<String> =
-            self.departure.machine().formats().into_iter().chain(self.offer.formats.clone()).collect();
-        let unread: Vec<String> = formats.iter().filter(|format| !reads.contains(format)).cloned().collect();
-        if !unread.is_empty() {
-            let reason = format!("formats that you cannot read: {}", unread.join(", "));
-            message::refuse(self.channel, &reason);
-            return Err(Reason::Formats { formats: unread });
-        }
-        let offer = Message::Offer {
-            protocol: PROTOCOL,
-            identity: self.departure.machine().identity().to_string(),
-            formats,
-            regions: self.departure.machine().regions().map(region::Region::len_bytes).collect(),
-            descriptors: self.departure.machine().fd_count(),
+        let machine = self.departure.machine();
+        let proposal = Proposal {
+            identity: machine.identity().to_string(),
+            formats: machine.formats().into_iter().chain(self.offer.formats.clone()).collect(),
+            regions: machine.regions().map(region::Region::len_bytes).collect(),
+            descriptors: machine.fd_count(),
             vmm: self.offer.vmm.clone(),
+            made_again: false,
         };
-        message::send(self.channel, &offer, &[], deadline).map_err(link(Step::Offered))?;
-        message::receive(self.channel, "accept", deadline).map_err(link(Step::Offered))?;
-        self.departure.reached(Step::Offered);
+        let mut reached = |step| self.departure.reached(step);
+        self.successor_pid = proposal.agree(self.channel, &mut reached, deadline)?;
         Ok(())
     }
 
@@ -304,7 +282,8 @@ impl<G: Guest> Update<'_, G> {
         let epoch = self.departure.pause_and_seal()?;
         let deadline = Deadline::after(self.offer.timeouts.hand_over);
         let link = |source| Reason::Link { step: Step::Running, source };
-        message::send(self.channel, &Message::Sealed { epoch }, &[], deadline).map_err(link)?;
+        let sealed = Message::Sealed { epoch, claimed: None };
+        message::send(self.channel, &sealed, &[], deadline).map_err(link)?;
         self.told_of_running(deadline).map_err(link)
     }
 

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use abi::arena::OwnershipState;
+use abi::arena::OwnershipWord;
 use fdpass::Channel;
 use fdpass::ConnectError;
 use fdpass::Deadline;
@@ -77,7 +78,9 @@ pub enum SuccessorError {
         came: usize,
     },
     /// More descriptors than a machine can have.
-    #[error("{descriptors} descriptors are to come with the machine, and at most {MAX_FDS} can")]
+    #[error(
+        "{descriptors} descriptors are to come with the machine, and at most {MAX_FDS} can, none after a kexec"
+    )]
     TooManyFds {
         /// Announced.
         descriptors: usize,
@@ -122,6 +125,7 @@ pub struct Successor {
     timeline: Timeline,
     regions: Vec<u64>,
     descriptors: usize,
+    made_again: bool,
     vmm: serde_json::Value,
 }
 
@@ -168,14 +172,15 @@ impl Successor {
         };
         message::send(&channel, &hello, &[], deadline).map_err(link(Step::Connected))?;
         let offer = message::receive(&channel, "offer", deadline).map_err(link(Step::Offered))?;
-        let Message::Offer { protocol, formats, regions, descriptors, vmm, .. } = offer else {
+        let Message::Offer { protocol, formats, regions, descriptors, vmm, made_again, .. } = offer else {
             return Err(link(Step::Offered)(LinkError::Closed));
         };
-        let successor = Self { channel, timeouts, timeline: Timeline::default(), regions, descriptors, vmm };
+        let timeline = Timeline::default();
+        let successor = Self { channel, timeouts, timeline, regions, descriptors, made_again, vmm };
         if protocol != PROTOCOL {
             return Err(successor.refuse(link(Step::Offered)(LinkError::Protocol { theirs: protocol })));
         }
-        if descriptors > MAX_FDS {
+        if descriptors > MAX_FDS || (made_again && descriptors > 0) {
             return Err(successor.refuse(SuccessorError::TooManyFds { descriptors }));
         }
         let unread = formats.iter().filter(|format| !reads.contains(format));
@@ -207,7 +212,10 @@ impl Successor {
         let others = fds.split_off(self.regions.len());
         let regions = fds.into_iter().zip(&self.regions);
         let regions = regions.map(|(fd, len_bytes)| OfferedRegion { fd, len_bytes: *len_bytes });
-        let incoming = Incoming::attach(regions.collect(), others);
+        let incoming = match self.made_again {
+            true => Incoming::attach_made_again(regions.collect()),
+            false => Incoming::attach(regions.collect(), others),
+        };
         let incoming = incoming.map_err(|error| self.refuse(SuccessorError::Attach(error)))?;
         reached(&mut self.timeline, observer, Step::Attached);
         Ok(Attached {
@@ -260,6 +268,22 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 fn steps(timeline: &Timeline) -> Vec<(String, u64)> {
     timeline.reached().iter().map(|(step, at)| (step.name().to_owned(), *at)).collect()
+}
+
+/// The seal that a successor was told of.
+struct Seal {
+    epoch: u32,
+    /// A dead process's claim of it.
+    claimed: Option<u64>,
+}
+
+impl Seal {
+    fn claim(self, incoming: Incoming) -> Result<Claimed, ClaimError> {
+        let Some(claimed) = self.claimed else { return incoming.claim(self.epoch) };
+        let dead = OwnershipWord::from_bits(claimed)
+            .map_err(|malformed| ClaimError::Ownership(OwnershipError::Malformed(malformed)))?;
+        incoming.claim_again(self.epoch, dead)
+    }
 }
 
 /// The machine is mapped here, and runs in the predecessor. The VMM makes its VM now, with all that does not
@@ -324,12 +348,15 @@ impl Attached {
         let warm = Message::Warm { steps: steps(&self.timeline) };
         message::send(&self.channel, &warm, &[], deadline).map_err(link(Step::Warm))?;
         let sealed = match message::receive(&self.channel, "sealed", deadline) {
-            Ok(Message::Sealed { epoch }) => epoch,
+            Ok(Message::Sealed { epoch, claimed }) => Seal { epoch, claimed },
             Ok(_) => return Err(link(Step::Sealed)(LinkError::Closed)),
-            Err(LinkError::Closed) => self.left_sealed().ok_or(link(Step::Sealed)(LinkError::Closed))?,
+            Err(LinkError::Closed) => {
+                let epoch = self.left_sealed().ok_or(link(Step::Sealed)(LinkError::Closed))?;
+                Seal { epoch, claimed: None }
+            }
             Err(error) => return Err(link(Step::Sealed)(error)),
         };
-        let claimed = self.incoming.claim(sealed);
+        let claimed = sealed.claim(self.incoming);
         let claimed = claimed.map_err(|error| refuse(&self.channel, SuccessorError::Claim(error)))?;
         reached(&mut self.timeline, observer, Step::Claimed);
         Ok(Handed { channel: self.channel, timeline: self.timeline, timeouts: self.timeouts, claimed })
@@ -399,6 +426,11 @@ impl Running {
     /// The machine.
     pub fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// The steps that were reached here.
+    pub fn timeline(&self) -> &Timeline {
+        &self.timeline
     }
 
     /// Tells the predecessor, ends the session that was received, and makes it stand again in this life. Call it
