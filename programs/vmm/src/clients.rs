@@ -201,6 +201,16 @@ impl Clients {
         }
     }
 
+    /// Those of a machine to whom nobody is connected yet.
+    pub(crate) fn fresh(socket: Option<&Path>) -> anyhow::Result<Self> {
+        Ok(Self { listener: socket.map(Listener::bind).transpose()?, list: Vec::new(), next: 0 })
+    }
+
+    /// Takes a connection in.
+    pub(crate) fn put(&mut self, channel: Channel) {
+        self.list.push(Client { channel, mode: Mode::Asks });
+    }
+
     /// Gives a connection away, which is no more among these.
     pub(crate) fn take(&mut self, client: ClientId) -> Option<Channel> {
         (client.0 < self.list.len()).then(|| self.list.remove(client.0).channel)

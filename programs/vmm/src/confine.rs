@@ -235,6 +235,7 @@ type Condition = (u8, seccompiler::SeccompCmpArgLen, SeccompCmpOp, u64);
 const KIND: SeccompCmpOp = MaskedEq(0xff00);
 const KVM: u64 = 0xae00;
 const USERFAULTFD: u64 = 0xaa00;
+const LIVEUPDATE: u64 = 0xba00;
 
 /// The kernel's names for what arguments are compared with.
 const PROT_EXEC: u64 = 4;
@@ -265,6 +266,7 @@ const IF: &[(libc::c_long, &[Condition])] = &[
         &[
             (1, Dword, KIND, KVM),
             (1, Dword, KIND, USERFAULTFD),
+            (1, Dword, KIND, LIVEUPDATE),
             // Whether the log is a terminal.
             (1, Dword, Eq, TCGETS),
             // Which pages of its own memory are lost, before an update.

@@ -129,6 +129,9 @@ pub struct MachineSpec {
     /// What becomes of its VMM at a system call that it has no need of while the guest runs.
     #[serde(default)]
     pub confine: Confine,
+    /// It is to go with the host through a kexec.
+    #[serde(default)]
+    pub through_kexec: bool,
 }
 
 const fn one() -> u32 {
@@ -155,6 +158,7 @@ impl MachineSpec {
             taps: Vec::new(),
             linux: None,
             confine: Confine::No,
+            through_kexec: false,
         }
     }
 }
@@ -214,6 +218,21 @@ pub enum Request {
     Pause,
     /// Let the guest run on.
     Resume,
+    /// Get ready for a kexec: fill and freeze the memory, while the guest runs, and have the kernel preserve it in the
+    /// session whose descriptor comes with this. Without a descriptor the kernel is not asked: a rehearsal. Until this
+    /// connection is closed, or sends [`Request::GoOn`], the VMM obeys nobody else.
+    Preserve,
+    /// After [`Request::Preserve`]: have the guest stand still, save and seal it.
+    Seal,
+    /// After [`Request::Preserve`]: there is no kexec, everything is to be as before.
+    GoOn,
+    /// What did the last kexec take?
+    Report,
+    /// Of a machine that is held after a kexec: try again to run it, by this program or the one that was tried before.
+    Revive {
+        /// The program.
+        program: Option<PathBuf>,
+    },
     /// Answer when the guest ends, and how.
     Wait,
     /// Make this connection a console of the guest's serial line. From then on both sides send bytes of the line
@@ -281,6 +300,9 @@ pub struct Status {
     pub state: GuestState,
     /// How many times its VMM was replaced.
     pub updates: u64,
+    /// How many kernels of the host it has left.
+    #[serde(default)]
+    pub kexecs: u64,
     /// How long ago the machine was made, in milliseconds.
     pub age_ms: u64,
     /// The machine's identity, as hex.
@@ -313,6 +335,9 @@ pub struct Status {
     pub consoles: usize,
     /// How the VMM is confined.
     pub confined: Confine,
+    /// It is to go with the host through a kexec.
+    #[serde(default)]
+    pub through_kexec: bool,
 }
 
 /// The outcome of an update.
@@ -386,6 +411,51 @@ pub struct CheckReport {
     pub first_bad: Option<String>,
 }
 
+/// What was done for a kexec while the guest ran.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct PreservedReport {
+    /// Bytes of all of the machine's memory.
+    pub bytes: u64,
+    /// Filling holes, and freezing, in microseconds.
+    pub fill_us: f64,
+    /// The kernel's own part, in microseconds; 0 if it was not asked.
+    pub kernel_us: f64,
+}
+
+/// What was done for a kexec while the guest stood still.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SealedReport {
+    /// The seal's epoch.
+    pub epoch: u32,
+    /// How long the way to each step took, in microseconds.
+    pub phases_us: BTreeMap<String, f64>,
+}
+
+/// What a kexec took from a machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct KexecReport {
+    /// The machine.
+    pub name: String,
+    /// The process that runs it under the new kernel.
+    pub pid: u32,
+    /// From the last instruction under the old kernel to the first under the new one, in microseconds.
+    pub pause_us: Option<f64>,
+    /// By which clock that is known: `tsc`, or `realtime`, which is right to a second.
+    pub clock: Option<String>,
+    /// How far it may be off, in microseconds.
+    pub uncertain_us: Option<f64>,
+    /// The parts of the pause, in their order, with the microseconds that each took.
+    pub phases_us: Vec<(String, f64)>,
+    /// The longest gap that a vCPU saw, by its own clock, in microseconds.
+    pub guest_pause_us: Option<f64>,
+    /// How far the guest's clock (kvmclock) is ahead of the time that has passed, in microseconds.
+    pub clock_error_us: Option<f64>,
+    /// What the guest had counted when it was stopped.
+    pub ticks_before: u64,
+    /// What it had counted when all of its vCPUs had counted on.
+    pub ticks_after: Option<u64>,
+}
+
 /// An answer, or what comes before it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -407,6 +477,19 @@ pub enum Answer {
     Check(CheckReport),
     /// The guest stands still.
     Paused,
+    /// The machine is preserved; its guest runs.
+    Preserved(PreservedReport),
+    /// The machine is sealed; its guest stands still.
+    Sealed(SealedReport),
+    /// There is no kexec: everything is as before.
+    WentOn {
+        /// How long the guest stood still, if it did, in microseconds.
+        pause_us: Option<f64>,
+    },
+    /// What the last kexec took; `None` if there was none.
+    Report(Option<Box<KexecReport>>),
+    /// The machine came through a kexec and nothing runs it: its memory is held.
+    Held(Held),
     /// The guest runs on.
     Resumed,
     /// The connection is a console from now on.
@@ -422,6 +505,17 @@ pub enum Answer {
     Ended(End),
     /// It could not be done.
     Error(String),
+}
+
+/// A machine whose memory is held, and which nothing runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Its name.
+    pub name: String,
+    /// The process that holds it.
+    pub pid: u32,
+    /// Why nothing runs it.
+    pub why: String,
 }
 
 /// What stands before bytes of the serial line in a console's messages. No other message begins with it.
@@ -484,6 +578,11 @@ impl Client {
         Self { patience: Some(patience), ..self }
     }
 
+    /// From now on, waits so long for each answer.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = Some(patience);
+    }
+
     /// Makes the connection a console; see [`Request::Console`].
     ///
     /// # Errors
@@ -535,6 +634,15 @@ impl Client {
         self.answer(progress)
     }
 
+    /// Asks, and sends a descriptor with it; the answer is to be waited for.
+    ///
+    /// # Errors
+    /// If the VMM is gone.
+    pub fn tell(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> anyhow::Result<()> {
+        let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+        send_with(&self.channel, request, &fds).context("cannot reach the VMM")
+    }
+
     /// Asks for an update to a successor that this process has started, with the channel to it
     /// ([`Source::Passed`]), and waits for the answer.
     ///
@@ -547,7 +655,7 @@ impl Client {
         progress: &mut dyn FnMut(&str, u64, u64),
     ) -> anyhow::Result<Answer> {
         let request = Request::Update(UpdateRequest { successor: Source::Passed, ..request });
-        send_with(&self.channel, &request, &[successor.as_fd()]).context("cannot reach the VMM")?;
+        self.tell(&request, Some(successor.as_fd()))?;
         // Only then is it noticed at the other end that the successor is gone.
         drop(successor);
         self.answer(progress)

@@ -255,6 +255,11 @@ pub trait Served: Guest<Error = GuestError> + Send {
     /// The VM object of KVM that it runs in, if it does.
     fn vm_object(&self) -> Option<&Arc<VmFd>>;
 
+    /// Its clock (kvmclock), in nanoseconds, if it has one.
+    fn clock_ns(&self) -> Option<u64> {
+        Some(self.vm_object()?.get_clock().ok()?.clock)
+    }
+
     /// Whether it has ended by itself.
     fn health(&self) -> &Health;
 

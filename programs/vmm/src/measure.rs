@@ -18,6 +18,7 @@ use serde::Serialize;
 use socket::Report;
 
 use crate::control::CheckReport;
+use crate::control::KexecReport;
 use crate::control::ProbeReport;
 use crate::control::UpdateOutcome;
 use crate::control::UpdateReport;
@@ -42,6 +43,9 @@ pub(crate) struct Told {
     pub(crate) probe: Option<ProbeReport>,
     /// The guest stood still before, and does after.
     pub(crate) held: bool,
+    /// What the way from another kernel took, if it came from one.
+    #[serde(default)]
+    pub(crate) kexec: Option<KexecReport>,
 }
 
 #[expect(clippy::cast_precision_loss, reason = "times of an update are far below 2^52 ns")]
@@ -85,7 +89,8 @@ pub(crate) fn after_update(words: Option<&MemoryWords>, before: Before, runs: Op
     });
     let guest_pause_us = longest_pause_ns(&mailboxes, &pauses).map(micros);
     let probe = probe.and_then(|request| probed(words, request));
-    Told { ticks_before, entered_ns: guest.entered_ns(), ticks_after, guest_pause_us, probe, held: false }
+    let entered_ns = guest.entered_ns();
+    Told { ticks_before, entered_ns, ticks_after, guest_pause_us, probe, held: false, kexec: None }
 }
 
 /// The longest pause that a vCPU has recorded from its number in `first` on, in nanoseconds by its own clock.

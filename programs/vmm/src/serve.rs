@@ -29,10 +29,12 @@ use crate::control::Answer;
 use crate::control::End;
 use crate::control::GuestKind;
 use crate::control::GuestState;
+use crate::control::KexecReport;
 use crate::control::MachineSpec;
 use crate::control::Request;
 use crate::control::Status;
 use crate::control::Then;
+use crate::crossing::Crossing;
 use crate::first;
 use crate::guest;
 use crate::guest::AnyGuest;
@@ -60,6 +62,12 @@ pub(crate) struct Told {
     /// What went wrong last in each device, by its name.
     #[serde(default)]
     pub(crate) faults: BTreeMap<String, String>,
+    /// The machine comes from a kernel before this one: nothing but its memory came with it.
+    #[serde(default)]
+    pub(crate) crossing: Option<Crossing>,
+    /// What the last kexec took.
+    #[serde(default)]
+    pub(crate) crossed: Option<KexecReport>,
 }
 
 /// Who asked for an update, and the process that is to answer.
@@ -76,6 +84,19 @@ pub(crate) struct History {
     pub(crate) made_ns: u64,
     /// How many times its VMM was replaced.
     pub(crate) updates: u64,
+    /// How old it was then: kernels before this one had other clocks.
+    #[serde(default)]
+    pub(crate) lived_ns: u64,
+    /// How many kernels it has left.
+    #[serde(default)]
+    pub(crate) kexecs: u64,
+}
+
+impl History {
+    /// How old the machine is, in nanoseconds.
+    pub(crate) fn age_ns(&self) -> u64 {
+        self.lived_ns.saturating_add(monotonic_ns().saturating_sub(self.made_ns))
+    }
 }
 
 /// A VMM that runs a guest.
@@ -92,6 +113,8 @@ pub(crate) struct Vmm {
     pub(crate) history: History,
     /// How this process is confined.
     pub(crate) confined: Confine,
+    /// What the last kexec took.
+    pub(crate) crossed: Option<KexecReport>,
 }
 
 /// What is left to do after a request.
@@ -130,9 +153,10 @@ impl Vmm {
         programs: Vec<PathBuf>,
     ) -> Self {
         let words = MemoryWords::of(&spec, &machine);
-        let history = History { made_ns: monotonic_ns(), updates: 0 };
+        let history = History { made_ns: monotonic_ns(), updates: 0, lived_ns: 0, kexecs: 0 };
         let guest = AnyGuest { guest, held: false };
-        Self { spec, machine, guest, words, clients, backends, programs, history, confined: Confine::No }
+        let (confined, crossed) = (Confine::No, None);
+        Self { spec, machine, guest, words, clients, backends, programs, history, confined, crossed }
     }
 
     /// Gives up what is not needed while the guest runs, if the machine is to be confined.
@@ -172,6 +196,12 @@ impl Vmm {
             Request::Status => Answer::Status(Box::new(self.status())),
             Request::Check => self.check(client),
             Request::Pause => self.pause(),
+            Request::Preserve => return self.preserve(client, fd),
+            Request::Seal | Request::GoOn => Answer::Error("the machine is not preserved".to_owned()),
+            Request::Revive { .. } => {
+                Answer::Error("the machine runs: there is nothing to revive".to_owned())
+            }
+            Request::Report => Answer::Report(self.crossed.clone().map(Box::new)),
             Request::Resume => self.resume(),
             Request::Wait => {
                 self.clients.set_mode(client, Mode::Waits);
@@ -303,7 +333,8 @@ impl Vmm {
                 (None, false) => GuestState::Running,
             },
             updates: self.history.updates,
-            age_ms: monotonic_ns().saturating_sub(self.history.made_ns) / 1_000_000,
+            kexecs: self.history.kexecs,
+            age_ms: self.history.age_ns() / 1_000_000,
             identity: self.machine.identity().to_string(),
             guest: self.guest.guest.kind(),
             vcpus: self.machine.vcpus(),
@@ -319,6 +350,7 @@ impl Vmm {
             devices: self.guest.guest.devices(&self.spec),
             consoles: self.backends.console.attached(),
             confined: self.confined,
+            through_kexec: self.spec.through_kexec,
         }
     }
 }

@@ -7,9 +7,13 @@ use std::time::Duration;
 use anyhow::Context as _;
 use anyhow::bail;
 use exec::Handoff;
+use fdpass::monotonic_ns;
+use liveupdate::moment::Moment;
+use liveupdate::moment::TscRate;
 use machine::Incoming;
 use machine::Machine;
 use machine::update::Observer;
+use machine::update::Timeline;
 use serde::Deserialize as _;
 use socket::Running;
 use socket::Successor;
@@ -127,6 +131,7 @@ fn serve(mut vmm: Vmm) -> anyhow::Result<()> {
 
 /// What is ready before the state is there.
 struct Prepared {
+    begun: Option<Moment>,
     told: Told,
     clients: Clients,
     backends: Arc<Backends>,
@@ -135,9 +140,18 @@ struct Prepared {
 
 impl Prepared {
     fn make(incoming: &mut Incoming, told: &serde_json::Value) -> anyhow::Result<Self> {
+        let begun = Moment::now().ok();
         let told = Told::deserialize(told).context("cannot read what the predecessor tells")?;
-        let clients = Clients::adopt(incoming.fds(), &told.clients, told.spec.socket.as_deref())?;
-        let backends = Arc::new(Backends::adopt(&told.spec, incoming.fds(), &told.consoles)?);
+        let socket = told.spec.socket.as_deref();
+        let (clients, backends) = match &told.crossing {
+            // No descriptor lives through a kexec, and nobody who was connected.
+            Some(_) => (Clients::fresh(socket)?, Backends::open(&told.spec)?),
+            None => {
+                let clients = Clients::adopt(incoming.fds(), &told.clients, socket)?;
+                (clients, Backends::adopt(&told.spec, incoming.fds(), &told.consoles)?)
+            }
+        };
+        let backends = Arc::new(backends);
         backends.faults().clone_from(&told.faults);
         let [memory] = incoming.memories() else {
             bail!(
@@ -155,7 +169,7 @@ impl Prepared {
             }
             GuestKind::Thread => Box::new(ThreadGuest::prepare(memory, vcpus, health)?),
         };
-        Ok(Self { told, clients, backends, guest })
+        Ok(Self { begun, told, clients, backends, guest })
     }
 
     /// Lets the guest run, whose machine is this process's now.
@@ -172,16 +186,35 @@ impl Prepared {
     }
 
     /// What was seen of the guest since.
-    fn seen(&self, words: Option<&MemoryWords>, before: Before) -> measure::Told {
-        measure::after_update(words, before, (!self.told.held).then_some(&*self.guest))
+    fn seen(&mut self, words: Option<&MemoryWords>, before: Before, timeline: &Timeline) -> measure::Told {
+        let mut seen = measure::after_update(words, before, (!self.told.held).then_some(&*self.guest));
+        if let Some(mut crossing) = self.told.crossing.take()
+            && let Some(rate) = self.rate()
+        {
+            crossing.look_back(&rate);
+            self.told.history = History { kexecs: self.told.history.kexecs + 1, ..self.told.history };
+            self.told.history.lived_ns += crossing.since_it_began_ns(&rate);
+            self.told.history.made_ns = monotonic_ns();
+            let at = (timeline, seen.entered_ns);
+            let report = crossing.report(&self.told.spec.name, at, &seen, &*self.guest, &rate);
+            self.told.crossed = Some(report.clone());
+            seen.kexec = Some(report);
+        }
+        seen
+    }
+
+    fn rate(&self) -> Option<TscRate> {
+        let known = TscRate::between(&self.begun?, &Moment::now().ok()?);
+        known.ok().or_else(|| TscRate::measure().ok())
     }
 
     fn serve(self, machine: Machine, words: Option<MemoryWords>, updated: bool) -> Vmm {
-        let Self { told, clients, backends, guest } = self;
+        let Self { told, clients, backends, guest, .. } = self;
         let guest = AnyGuest { guest, held: told.held };
         let history = History { updates: told.history.updates + u64::from(updated), ..told.history };
-        let Told { spec, programs, .. } = told;
-        Vmm { spec, machine, guest, words, clients, backends, programs, history, confined: Confine::No }
+        let Told { spec, programs, crossed, .. } = told;
+        let confined = Confine::No;
+        Vmm { spec, machine, guest, words, clients, backends, programs, history, confined, crossed }
     }
 }
 
@@ -194,8 +227,9 @@ fn begin(
 ) -> anyhow::Result<Vmm> {
     let (words, before) = prepared.start(running.machine())?;
     let mut seen = measure::Told::default();
+    let timeline = running.timeline().clone();
     let tell = || {
-        seen = prepared.seen(words.as_ref(), before);
+        seen = prepared.seen(words.as_ref(), before, &timeline);
         serde_json::to_value(&seen).unwrap_or_default()
     };
     let (settled, parting) = running.settle_and_part(observer, tell);

@@ -123,11 +123,13 @@ impl Vmm {
             history: self.history,
             answered,
             faults: self.faults(),
+            crossing: None,
+            crossed: self.crossed.clone(),
         };
         Ok(serde_json::to_value(told)?)
     }
 
-    fn faults(&self) -> BTreeMap<String, String> {
+    pub(crate) fn faults(&self) -> BTreeMap<String, String> {
         let devices = self.guest.guest.devices(&self.spec);
         devices.into_iter().filter_map(|device| device.fault.map(|fault| (device.name, fault))).collect()
     }

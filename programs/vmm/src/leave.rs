@@ -1,0 +1,154 @@
+//! A machine that is to leave for the next kernel, from the side of its VMM.
+
+use std::os::fd::OwnedFd;
+
+use anyhow::Context as _;
+use fdpass::Channel;
+use fdpass::Deadline;
+use kexec::Leaving;
+use kexec::Offer;
+use liveupdate::Outgoing;
+use liveupdate::moment::TscRate;
+use machine::update::Step;
+use socket::Program;
+use tracing::debug;
+use tracing::warn;
+
+use crate::clients::ClientId;
+use crate::control;
+use crate::control::Answer;
+use crate::control::PreservedReport;
+use crate::control::Request;
+use crate::control::SealedReport;
+use crate::crossing::Crossing;
+use crate::guest::AnyGuest;
+use crate::measure;
+use crate::serve::After;
+use crate::serve::History;
+use crate::serve::Told;
+use crate::serve::Vmm;
+
+impl Vmm {
+    /// Does what whoever asked wants to have done for a kexec, until it has enough or is gone: then everything is as
+    /// before, if this kernel is still there.
+    pub(crate) fn preserve(&mut self, client: ClientId, session: Option<OwnedFd>) -> anyhow::Result<After> {
+        let ready = session.map(Outgoing::from_fd).transpose().context("what came with the request");
+        let ready = ready.and_then(|session| Ok((session, self.kexec_offer()?)));
+        let (session, offer) = match ready {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.clients.tell(client, &Answer::Error(format!("{error:#}")));
+                return Ok(After::Go);
+            }
+        };
+        let Some(channel) = self.clients.take(client) else { return Ok(After::Go) };
+        let mut observer = |step: Step| debug!(%step, "leaves this kernel");
+        let leaving = Leaving::new(&mut self.machine, &mut self.guest, session, &mut observer);
+        let went_on = leave(leaving, offer, &channel);
+        self.clients.put(channel);
+        went_on.context("the guest is lost")?;
+        Ok(After::Go)
+    }
+
+    fn kexec_offer(&self) -> anyhow::Result<Offer> {
+        self.guest.guest.before_freeze()?;
+        let history = History { lived_ns: self.history.age_ns(), ..self.history };
+        let told = Told {
+            spec: self.spec.clone(),
+            before_pause: self.guest.guest.before_pause(),
+            populate: true,
+            probe: false,
+            held: self.guest.held,
+            clients: Vec::new(),
+            consoles: Vec::new(),
+            programs: self.programs.clone(),
+            history,
+            answered: None,
+            faults: self.faults(),
+            crossing: Some(Crossing::begin(&*self.guest.guest)),
+            crossed: None,
+        };
+        Ok(Offer {
+            formats: self.guest.guest.formats(),
+            program: Program::this_path().context("cannot find this program")?,
+            vmm: serde_json::to_value(told)?,
+        })
+    }
+}
+
+/// Does what comes over the channel.
+///
+/// # Errors
+/// If the guest runs nowhere.
+fn leave(
+    mut leaving: Leaving<'_, AnyGuest>,
+    offer: Offer,
+    channel: &Channel,
+) -> Result<(), kexec::LostError> {
+    let prepared = leaving.preserve(offer).map_err(anyhow::Error::new).and_then(|preserved| {
+        let rate = TscRate::measure().context("cannot tell how fast the host's TSC runs")?;
+        Ok((preserved, rate))
+    });
+    let rate = match prepared {
+        Ok((preserved, rate)) => {
+            tell(channel, &Answer::Preserved(report(preserved)));
+            rate
+        }
+        Err(error) => {
+            let gone_back = leaving.go_back();
+            tell(channel, &Answer::Error(format!("{error:#}")));
+            return gone_back.map(drop);
+        }
+    };
+    let mut failed = None;
+    while let Some(request) = next_request(channel) {
+        match request {
+            Request::Seal => match leaving.seal(&rate) {
+                Ok(epoch) => tell(channel, &Answer::Sealed(sealed_report(epoch, &leaving))),
+                Err(error) => {
+                    failed = Some(format!("{:#}", anyhow::Error::new(error)));
+                    break;
+                }
+            },
+            Request::GoOn => break,
+            other => {
+                debug!(?other, "not now");
+                tell(channel, &Answer::Error("the machine is about to leave this kernel".to_owned()));
+            }
+        }
+    }
+    let pause = leaving.go_back()?;
+    warn!(?pause, ?failed, "there is no kexec; the guest runs on");
+    let pause_us = pause.map(measure::micros_of);
+    tell(channel, &failed.map_or(Answer::WentOn { pause_us }, Answer::Error));
+    Ok(())
+}
+
+/// `None` if nobody is there who could ask, or who is cannot be understood: then all is to be as before.
+fn next_request(channel: &Channel) -> Option<Request> {
+    control::receive(channel, Deadline::never()).unwrap_or_else(|error| {
+        warn!(%error, "not a request");
+        None
+    })
+}
+
+/// Whoever asked may be gone: that is noticed where the next request is due.
+fn tell(channel: &Channel, answer: &Answer) {
+    if let Err(error) = control::send(channel, answer) {
+        debug!(%error, "nobody hears the answer");
+    }
+}
+
+fn report(preserved: kexec::Preserved) -> PreservedReport {
+    PreservedReport {
+        bytes: preserved.bytes,
+        fill_us: measure::micros_of(preserved.fill),
+        kernel_us: measure::micros_of(preserved.kernel),
+    }
+}
+
+fn sealed_report(epoch: u32, leaving: &Leaving<'_, AnyGuest>) -> SealedReport {
+    let phases = leaving.timeline().phases();
+    let phases_us = phases.map(|(step, took)| (step.name().to_owned(), measure::micros_of(took))).collect();
+    SealedReport { epoch, phases_us }
+}
