@@ -28,6 +28,9 @@ pub(crate) enum Command {
     Update(Update),
     Pause(Pause),
     Resume(Resume),
+    Kexec(Kexec),
+    Rehearse(Rehearse),
+    Report(Report),
     Stop(Stop),
     Console(Console),
     Completions(Completions),
@@ -87,6 +90,9 @@ pub(crate) struct Run {
     #[arg(long, value_enum, value_name = "AT_OTHER_CALLS", default_value_t = Confine::No, default_missing_value = "deny",
           num_args = 0..=1, require_equals = true)]
     pub(crate) confine: Confine,
+    /// The machine goes with the host through `tideover kexec`.
+    #[arg(long)]
+    pub(crate) through_kexec: bool,
     /// Another program that the machine may be updated to, beside the file that this one was started from.
     #[arg(long, value_name = "PATH")]
     pub(crate) allow_program: Vec<PathBuf>,
@@ -181,12 +187,97 @@ pub(crate) struct Pause {
     pub(crate) machine: Machine,
 }
 
-/// Lets a machine's guest run on.
+/// Lets a machine's guest run on: one that was paused, or one that came through a kexec.
+///
+/// After a kexec nothing runs until this is called, as the first of all that uses /dev/liveupdate: --all from a unit, or from
+/// the init itself. A machine that cannot run is held, its memory kept, until `resume` with another --program, or `stop`. Its
+/// memory is charged to its cgroup, if that is there, else to the one of this command.
 #[derive(Debug, Args)]
-#[command(after_help = after("tideover resume web1"))]
+#[command(after_help = after("tideover resume web1
+    tideover resume --all"))]
 pub(crate) struct Resume {
-    #[command(flatten)]
-    pub(crate) machine: Machine,
+    /// The machine.
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) name: Option<String>,
+    /// All machines that came through the kexec that this kernel was booted by.
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// After a kexec: the program that is to run it, if not the one that did before.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) program: Option<PathBuf>,
+    /// Give the machine's status as JSON; after a kexec, a list of reports.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Boots another kernel, and takes the machines along that were started with --through-kexec.
+///
+/// Their memory stays where it is, by Linux's /dev/liveupdate. Nothing else of this host does: programs end, connections close;
+/// disks and interfaces are opened again by their names. In the next kernel `tideover resume --all` lets them run on. What
+/// fails before the jump leaves every guest running as before.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover kexec --kernel /boot/vmlinuz-7.3 --initrd /boot/initrd.img-7.3 --reuse-cmdline --now"))]
+pub(crate) struct Kexec {
+    /// The kernel to boot, a bzImage.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) kernel: PathBuf,
+    /// Its initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Its command line.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        required_unless_present = "reuse_cmdline",
+        conflicts_with = "reuse_cmdline"
+    )]
+    pub(crate) cmdline: Option<String>,
+    /// Give it this kernel's command line.
+    #[arg(long)]
+    pub(crate) reuse_cmdline: bool,
+    /// Add this to the command line.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) append: Option<String>,
+    /// Boot it at once: file systems are synchronized and made still, no service is stopped, no program is asked.
+    #[arg(long, required = true)]
+    pub(crate) now: bool,
+    /// Leave behind the machines that were not started with --through-kexec: they end with this kernel.
+    #[arg(long)]
+    pub(crate) leave_others: bool,
+    /// How long each machine may take to get ready, while its guest runs: a number and ms, s or min.
+    #[arg(long, value_name = "TIME", default_value = "5min", value_parser = time::parse)]
+    pub(crate) timeout: Duration,
+    /// Say as JSON what was preserved. If all goes well, nobody hears it but who reads along.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Does all that a kexec would ask of a machine, but the kexec: preserves, pauses, saves, seals; and lets it run on.
+///
+/// Says what each took. Without /dev/liveupdate the kernel's part is left out, and that is said.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover rehearse web1"))]
+pub(crate) struct Rehearse {
+    /// The machine.
+    pub(crate) name: String,
+    /// How long it may take to get ready, while its guest runs: a number and ms, s or min.
+    #[arg(long, value_name = "TIME", default_value = "5min", value_parser = time::parse)]
+    pub(crate) timeout: Duration,
+    /// Give the result as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Says what the last kexec took of each machine: its pause, in parts, and what that did to the guest's clock.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover report
+    tideover report web1 --json"))]
+pub(crate) struct Report {
+    /// The machine; all of them if there is none.
+    pub(crate) name: Option<String>,
+    /// Give the reports as a list in JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Ends a machine: its guest, its VMM and its memory.
@@ -381,6 +472,9 @@ pub(crate) enum Life {
         #[arg(long)]
         allow_program: Vec<PathBuf>,
     },
+    /// Hold a machine that came through a kexec, until a VMM runs it; whoever has its session is at the other end of
+    /// standard input.
+    Hold,
     /// Take a machine over from the VMM at the other end of standard input.
     Succeed {
         /// Connect to the VMM that listens here instead.

@@ -13,9 +13,12 @@ mod cli;
 mod console;
 mod demo;
 mod first_vmm;
+mod kexec;
 mod machines;
 mod pages;
 mod progress;
+mod report;
+mod resume;
 mod size;
 mod table;
 mod time;
@@ -56,7 +59,10 @@ fn main() -> ExitCode {
         cli::Command::Status(arguments) => verbs::status(&arguments),
         cli::Command::Update(arguments) => verbs::update(&arguments),
         cli::Command::Pause(arguments) => verbs::pause(&arguments),
-        cli::Command::Resume(arguments) => verbs::resume(&arguments),
+        cli::Command::Resume(arguments) => resume::resume(&arguments),
+        cli::Command::Kexec(arguments) => kexec::kexec(&arguments),
+        cli::Command::Rehearse(arguments) => kexec::rehearse(&arguments),
+        cli::Command::Report(arguments) => report::report(&arguments),
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
         cli::Command::Console(arguments) => console::console(&arguments),
         cli::Command::Completions(arguments) => pages::completions(&arguments),

@@ -54,19 +54,19 @@ const CRASHED: u8 = 5;
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Writes a result to standard output.
-fn say(text: &str) -> anyhow::Result<()> {
+pub(crate) fn say(text: &str) -> anyhow::Result<()> {
     std::io::stdout().write_all(text.as_bytes()).context("cannot write the result")
 }
 
-fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+pub(crate) fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     say(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
-fn ask(client: &Client, request: &Request) -> anyhow::Result<Answer> {
+pub(crate) fn ask(client: &Client, request: &Request) -> anyhow::Result<Answer> {
     client.ask(request, &mut |_, _, _| {})
 }
 
-fn ask_status(client: &Client) -> anyhow::Result<Status> {
+pub(crate) fn ask_status(client: &Client) -> anyhow::Result<Status> {
     match ask(client, &Request::Status)? {
         Answer::Status(status) => Ok(*status),
         other => bail!("unexpected answer to status: {other:?}"),
@@ -92,6 +92,7 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
         taps: arguments.tap.clone(),
         linux: linux_spec(arguments)?,
         confine: arguments.confine.of_spec(),
+        through_kexec: arguments.through_kexec,
         ..spec
     };
     let file = machines::log(&directory, &arguments.name)?;
@@ -390,12 +391,8 @@ pub(crate) fn pause(arguments: &cli::Pause) -> anyhow::Result<ExitCode> {
     change(&arguments.machine, &Request::Pause)
 }
 
-pub(crate) fn resume(arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
-    change(&arguments.machine, &Request::Resume)
-}
-
 /// Has a machine do something, and says how it is then.
-fn change(machine: &cli::Machine, request: &Request) -> anyhow::Result<ExitCode> {
+pub(crate) fn change(machine: &cli::Machine, request: &Request) -> anyhow::Result<ExitCode> {
     let client = machines::connect(&machine.name)?;
     match ask(&client, request)? {
         Answer::Paused | Answer::Resumed => {}

@@ -26,6 +26,7 @@ pub(crate) fn vmm(arguments: Vmm) -> anyhow::Result<ExitCode> {
             let programs = [socket::Program::this_path()?].into_iter().chain(allow_program).collect();
             ::vmm::run(&serde_json::from_str(&spec)?, programs, waits)?;
         }
+        Life::Hold => ::vmm::hold()?,
         Life::Succeed { connect, handoff } => {
             let start =
                 connect.map(Start::Connect).or(handoff.map(Start::Executed)).unwrap_or(Start::Started);

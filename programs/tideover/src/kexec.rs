@@ -1,0 +1,371 @@
+//! Booting another kernel, with the machines taken along, and rehearsing that.
+
+use std::convert::Infallible;
+use std::fs;
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use ::kexec::Index;
+use ::vmm::control::Answer;
+use ::vmm::control::Client;
+use ::vmm::control::PreservedReport;
+use ::vmm::control::Request;
+use ::vmm::control::SealedReport;
+use ::vmm::control::Status;
+use anyhow::Context as _;
+use anyhow::bail;
+use liveupdate::Device;
+use liveupdate::Name;
+use liveupdate::OpenError;
+use liveupdate::Outgoing;
+use liveupdate::filesystems;
+use liveupdate::filesystems::Still;
+use machine::SessionName;
+use serde_json::json;
+
+use crate::cli;
+use crate::machines;
+use crate::progress::Bar;
+use crate::size;
+use crate::table;
+use crate::verbs;
+
+/// The kexec was called off, and the guests run on as before.
+const CALLED_OFF: u8 = 4;
+/// How long a machine may take to stand still, be saved and sealed.
+const SEAL: Duration = Duration::from_secs(30);
+/// How long a machine may take to run on when there is no kexec.
+const GO_ON: Duration = Duration::from_secs(60);
+/// How long a file system may take to come to rest.
+const STILL: Duration = Duration::from_secs(30);
+/// How long a VMM may take to say how it is.
+const LOOK: Duration = Duration::from_secs(5);
+/// What the next kernel has to be told, to find what this one leaves.
+const LIVEUPDATE: &str = "liveupdate=on";
+
+pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
+    let machines = chosen(arguments)?;
+    let command_line = command_line(arguments)?;
+    let loaded = Loaded::load(arguments, &command_line)?;
+    let bar = Bar::new();
+    let left = leave(machines, arguments, &bar);
+    bar.done();
+    // It did not: whoever could not go is told of in the error, and all run on.
+    let error = match left {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    drop(loaded);
+    complain!("tideover: there was no kexec: {error:#}");
+    Ok(ExitCode::from(CALLED_OFF))
+}
+
+/// The machines that go.
+fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
+    let (mut go, mut others) = (Vec::new(), Vec::new());
+    for name in machines::names()? {
+        let client = match machines::connect(&name) {
+            Ok(client) => client.with_patience(LOOK),
+            // It died before this.
+            Err(error) if error.is::<machines::NoMachine>() => continue,
+            Err(error) => return Err(error),
+        };
+        match client.ask(&Request::Status, &mut |_, _, _| {}).with_context(|| format!("how is {name}?"))? {
+            Answer::Status(status) if status.through_kexec => go.push((name, client)),
+            _ => others.push(name),
+        }
+    }
+    if !others.is_empty() && !arguments.leave_others {
+        bail!(
+            "{} would end with this kernel: start such machines with --through-kexec, stop them first, or say --leave-others",
+            others.join(", ")
+        );
+    }
+    if go.is_empty() && !arguments.leave_others {
+        bail!(
+            "no machine was started with --through-kexec: use the service manager's own kexec, or say --leave-others"
+        );
+    }
+    Ok(go)
+}
+
+fn command_line(arguments: &cli::Kexec) -> anyhow::Result<String> {
+    let begin = match &arguments.cmdline {
+        Some(text) => text.clone(),
+        None => fs::read_to_string("/proc/cmdline").context("cannot read this kernel's command line")?,
+    };
+    // Who loaded this kernel put these before what was asked for.
+    let words = begin
+        .split_whitespace()
+        .filter(|word| !word.starts_with("BOOT_IMAGE=") && !word.starts_with("initrd="));
+    let words: Vec<&str> =
+        words.chain(arguments.append.iter().flat_map(|text| text.split_whitespace())).collect();
+    if !words.contains(&LIVEUPDATE) {
+        bail!(
+            "the next kernel's command line has no {LIVEUPDATE}: it would keep the machines' memory and give it to nobody; \
+             --append {LIVEUPDATE}"
+        );
+    }
+    Ok(words.join(" "))
+}
+
+/// The next kernel, which is let go unless it is booted.
+struct Loaded;
+
+impl Loaded {
+    fn load(arguments: &cli::Kexec, command_line: &str) -> anyhow::Result<Self> {
+        let open = |path: &std::path::Path| {
+            File::open(path).with_context(|| format!("cannot open {}", path.display()))
+        };
+        let kernel = open(&arguments.kernel)?;
+        let initrd = arguments.initrd.as_deref().map(open).transpose()?;
+        let loaded = liveupdate::kexec::load(kernel.as_fd(), initrd.as_ref().map(File::as_fd), command_line);
+        loaded.with_context(|| format!("cannot load {}", arguments.kernel.display()))?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        if let Err(error) = liveupdate::kexec::unload() {
+            complain!("tideover: the kernel that was to be booted stays loaded: {error}");
+        }
+    }
+}
+
+/// Opens /dev/liveupdate. KVM first: whatever it can preserve is to be known before the kernel looks at what the kernel
+/// before left, which it does once.
+pub(crate) fn open_device() -> Result<Device, OpenError> {
+    let _kvm = File::open("/dev/kvm");
+    Device::open()
+}
+
+/// A machine whose VMM obeys nobody else until this is dropped: then it runs on.
+struct Leaver {
+    name: String,
+    client: Client,
+    /// The VMM has it, too. Whoever of the two lives longer keeps it.
+    _session: Option<Outgoing>,
+    preserved: PreservedReport,
+}
+
+impl Leaver {
+    fn begin(
+        name: String,
+        client: Client,
+        session: Option<Outgoing>,
+        timeout: Duration,
+    ) -> anyhow::Result<Self> {
+        let client = client.with_patience(timeout);
+        let what = || format!("cannot get {name} ready");
+        let fd = session.as_ref().map(Outgoing::as_fd);
+        client.tell(&Request::Preserve, fd).with_context(what)?;
+        match client.answer(&mut |_, _, _| {}).with_context(what)? {
+            Answer::Preserved(preserved) => Ok(Self { name, client, _session: session, preserved }),
+            other => bail!("{name}: unexpected answer to preserve: {other:?}"),
+        }
+    }
+
+    fn seal(&mut self) -> anyhow::Result<SealedReport> {
+        self.client.set_patience(SEAL);
+        self.client.tell(&Request::Seal, None)?;
+        match self.client.answer(&mut |_, _, _| {}).with_context(|| format!("cannot seal {}", self.name))? {
+            Answer::Sealed(report) => Ok(report),
+            other => bail!("{}: unexpected answer to seal: {other:?}", self.name),
+        }
+    }
+
+    /// There is no kexec. Gives how long the guest stood still, if it did.
+    fn go_on(mut self) -> anyhow::Result<Option<f64>> {
+        self.client.set_patience(GO_ON);
+        self.client.tell(&Request::GoOn, None)?;
+        match self.client.answer(&mut |_, _, _| {})? {
+            Answer::WentOn { pause_us } => Ok(pause_us),
+            other => bail!("{}: unexpected answer to go on: {other:?}", self.name),
+        }
+    }
+}
+
+/// Takes the machines to the next kernel.
+///
+/// # Errors
+/// Whatever keeps them here: then their guests run on.
+fn leave(machines: Vec<(String, Client)>, arguments: &cli::Kexec, bar: &Bar) -> anyhow::Result<Infallible> {
+    let device = open_device()?;
+    let names = machines.iter().map(|(name, _)| name.clone()).collect();
+    let mut index = Index::preserve(&device, names)?;
+    let mut leavers = preserve_all(&device, machines, arguments.timeout, bar)?;
+    said(&leavers, arguments)?;
+    let left = jump(&mut leavers, &mut index, bar);
+    let error = match left {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    let lost: Vec<String> = leavers
+        .into_iter()
+        .filter_map(|leaver| {
+            let name = leaver.name.clone();
+            leaver.go_on().err().map(|error| format!("{name}: {error:#}"))
+        })
+        .collect();
+    match lost.is_empty() {
+        true => Err(error),
+        false => Err(error.context(format!("not all machines say that they run on: {}", lost.join("; ")))),
+    }
+}
+
+fn said(leavers: &[Leaver], arguments: &cli::Kexec) -> anyhow::Result<()> {
+    if arguments.json {
+        let all = leavers.iter().map(|leaver| json!({ "name": leaver.name, "preserved": leaver.preserved }));
+        return verbs::say_json(&all.collect::<Vec<_>>());
+    }
+    for Leaver { name, preserved, .. } in leavers {
+        let (bytes, kernel) = (size::show(preserved.bytes), table::millis(preserved.kernel_us));
+        verbs::say(&format!("{name}: {bytes} preserved, which took the kernel {kernel}\n"))?;
+    }
+    Ok(())
+}
+
+/// Has all machines preserved at once.
+fn preserve_all(
+    device: &Device,
+    machines: Vec<(String, Client)>,
+    timeout: Duration,
+    bar: &Bar,
+) -> anyhow::Result<Vec<Leaver>> {
+    let of = u64::try_from(machines.len()).unwrap_or(u64::MAX);
+    let mut ready = Vec::new();
+    for (name, client) in machines {
+        let session = SessionName::new(name.as_bytes()).context("the machine's name")?;
+        ready.push((device.create(&::kexec::session_name(session)?)?, name, client));
+    }
+    bar.at("preserving", 0, of);
+    thread::scope(|scope| {
+        let begin = |(session, name, client)| {
+            scope.spawn(move || Leaver::begin(name, client, Some(session), timeout))
+        };
+        let all: Vec<_> = ready.into_iter().map(begin).collect();
+        let mut leavers = Vec::new();
+        let mut failed = None;
+        for thread in all {
+            match thread.join() {
+                Ok(Ok(leaver)) => leavers.push(leaver),
+                Ok(Err(error)) => failed = Some(error),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+            bar.at("preserving", u64::try_from(leavers.len()).unwrap_or(u64::MAX), of);
+        }
+        // All others run on as they are dropped.
+        failed.map_or(Ok(leavers), Err)
+    })
+}
+
+/// Everything from the first guest that stands still to the jump.
+fn jump(leavers: &mut [Leaver], index: &mut Index, bar: &Bar) -> anyhow::Result<Infallible> {
+    bar.say("synchronizing file systems");
+    filesystems::sync();
+    bar.done();
+    seal_all(leavers)?;
+    filesystems::sync();
+    // From here on nothing is written, but to memory: who does waits.
+    let still = Still::hold(STILL).context("cannot make the file systems still")?;
+    index.note("jump")?;
+    let error = match liveupdate::kexec::execute() {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    still.release().context("a file system stays still")?;
+    Err(anyhow::Error::new(error).context("the kernel does not jump"))
+}
+
+fn seal_all(leavers: &mut [Leaver]) -> anyhow::Result<()> {
+    thread::scope(|scope| {
+        let all: Vec<_> = leavers.iter_mut().map(|leaver| scope.spawn(|| leaver.seal())).collect();
+        for thread in all {
+            match thread.join() {
+                Ok(sealed) => drop(sealed?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(())
+    })
+}
+
+pub(crate) fn rehearse(arguments: &cli::Rehearse) -> anyhow::Result<ExitCode> {
+    let client = machines::connect(&arguments.name)?;
+    let status = verbs::ask_status(&client)?;
+    let (session, without) = match open_device() {
+        Ok(device) => (Some(rehearsal(&device)?), None),
+        Err(error) => (None, Some(error)),
+    };
+    if let Some(error) = &without {
+        complain!("tideover: the kernel's own part is left out: {error}");
+    }
+    let bar = Bar::new();
+    bar.say("rehearsing");
+    let begun = Leaver::begin(arguments.name.clone(), client, session, arguments.timeout);
+    let mut leaver = begun.inspect_err(|_| bar.done())?;
+    let sealed = leaver.seal();
+    let preserved = leaver.preserved;
+    let pause_us = match leaver.go_on() {
+        Ok(pause_us) => pause_us,
+        // It has said why before it went on.
+        Err(_) if sealed.is_err() => None,
+        Err(error) => return Err(error),
+    };
+    bar.done();
+    let rehearsed =
+        Rehearsed { status, with_kernel: without.is_none(), preserved, sealed: sealed?, pause_us };
+    rehearsed.say(arguments.json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A session that no other has the name of: in Linux 7.3 one that is tried twice can cost the next kernel its boot.
+fn rehearsal(device: &Device) -> anyhow::Result<Outgoing> {
+    let name = format!("rehearsal-{}-{}", std::process::id(), fdpass::monotonic_ns());
+    Ok(device.create(&Name::new(name.as_bytes())?)?)
+}
+
+struct Rehearsed {
+    status: Status,
+    with_kernel: bool,
+    preserved: PreservedReport,
+    sealed: SealedReport,
+    pause_us: Option<f64>,
+}
+
+impl Rehearsed {
+    fn say(&self, as_json: bool) -> anyhow::Result<()> {
+        let Self { status, with_kernel, preserved, sealed, pause_us } = self;
+        if as_json {
+            return verbs::say_json(&json!({
+                "name": status.name,
+                "with_kernel": with_kernel,
+                "preserved": preserved,
+                "sealed": sealed,
+                "pause_us": pause_us,
+            }));
+        }
+        let kernel = match with_kernel {
+            true => format!("preserved by the kernel in {}", table::millis(preserved.kernel_us)),
+            false => "the kernel was not asked".to_owned(),
+        };
+        let pause = pause_us.map_or("-".to_owned(), table::millis);
+        let seal = ["paused", "saved", "sealed"].into_iter().filter_map(|step| {
+            let us = sealed.phases_us.get(step)?;
+            Some(format!("{step} {}", table::millis(*us)))
+        });
+        verbs::say(&format!(
+            "{}: {} of memory; filled and frozen in {}, {kernel}, while the guest ran\n{}: it stood still for {pause} ({}), and \
+             runs on\n",
+            status.name,
+            size::show(preserved.bytes),
+            table::millis(preserved.fill_us),
+            status.name,
+            seal.collect::<Vec<_>>().join(", ")
+        ))
+    }
+}
