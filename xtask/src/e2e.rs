@@ -18,7 +18,15 @@ use crate::tally::Tally;
 use self::machine::Host;
 
 /// The cases, and how much memory their host has, in MiB.
-const CASES: [(&str, u32); 4] = [("demo", 1024), ("device", 768), ("machine", 1024), ("memfd", 768)];
+const CASES: [(&str, u32); 7] = [
+    ("demo", 1024),
+    ("device", 768),
+    ("machine", 1024),
+    ("memfd", 768),
+    ("kexec", 1024),
+    ("kexec-eight", 1024),
+    ("kexec-small-pages", 1024),
+];
 
 #[derive(clap::Args)]
 pub(crate) struct Options {

@@ -2,6 +2,7 @@
 
 mod demo;
 mod device;
+mod kexec;
 mod machine;
 mod memfd;
 
@@ -21,8 +22,15 @@ pub(crate) enum Then {
 /// A case, which is run once in each life of its host.
 type Case = fn(&Life) -> anyhow::Result<Then>;
 
-const CASES: [(&str, Case); 4] =
-    [("demo", demo::run), ("device", device::run), ("machine", machine::run), ("memfd", memfd::run)];
+const CASES: [(&str, Case); 7] = [
+    ("demo", demo::run),
+    ("device", device::run),
+    ("machine", machine::run),
+    ("memfd", memfd::run),
+    ("kexec", kexec::one),
+    ("kexec-eight", kexec::eight),
+    ("kexec-small-pages", kexec::small_pages),
+];
 
 pub(crate) fn find(name: &str) -> anyhow::Result<Case> {
     let found = CASES.iter().find(|(known, _)| *known == name);

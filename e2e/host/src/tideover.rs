@@ -19,10 +19,14 @@ use std::time::Instant;
 use anyhow::Context as _;
 use anyhow::bail;
 use anyhow::ensure;
+use fdpass::Deadline;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::WaitOptions;
 use serde_json::Value;
+use vmm::control::Answer;
+use vmm::control::Client;
+use vmm::control::Request;
 
 const PROGRAM: &str = "/bin/tideover";
 /// Where the machines' sockets and logs are.
@@ -46,6 +50,8 @@ fn output(arguments: &[&str]) -> anyhow::Result<Output> {
 pub(crate) fn run(arguments: &[&str]) -> anyhow::Result<String> {
     let output = output(arguments)?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    // Complaints that were no reason to fail.
+    print!("{}", String::from_utf8_lossy(&output.stderr));
     ensure!(
         output.status.success(),
         "tideover {}: {}: {said}{}",
@@ -70,6 +76,23 @@ pub(crate) fn status(machine: &str) -> anyhow::Result<Value> {
 /// The number in a field of an answer.
 pub(crate) fn number(answer: &Value, field: &str) -> anyhow::Result<u64> {
     answer[field].as_u64().with_context(|| format!("no number {field} in {answer}"))
+}
+
+/// A connection to a machine's VMM, which waits as long as this host may take.
+pub(crate) fn connect(machine: &str) -> anyhow::Result<Client> {
+    let path = Path::new(DIRECTORY).join(format!("{machine}.sock"));
+    let channel = fdpass::connect(&path, Deadline::after(PATIENCE)).context("cannot connect to a VMM")?;
+    Ok(Client::new(channel).with_patience(3 * PATIENCE))
+}
+
+/// Has a machine's guest check all of its memory, and its VMM compare every word: nothing is lost.
+pub(crate) fn check(machine: &str) -> anyhow::Result<()> {
+    let answer = connect(machine)?.ask(&Request::Check, &mut |_, _, _| {})?;
+    let Answer::Check(check) = answer else { bail!("unexpected answer to check: {answer:?}") };
+    let lost = check.pages_lost + check.guest_errors + check.registers_lost + check.ticks_miscounted;
+    ensure!(lost == 0 && check.pages_checked > 0 && check.guest_passes > 0, "{machine}: {check:?}");
+    println!("{machine}: {} pages checked", check.pages_checked);
+    Ok(())
 }
 
 /// Replaces a machine's VMM. Its pause is of no interest here, but has to end.

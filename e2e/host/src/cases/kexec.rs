@@ -1,0 +1,125 @@
+//! Machines whose host's kernel is replaced under them.
+
+use anyhow::Context as _;
+use anyhow::bail;
+use anyhow::ensure;
+use serde_json::Value;
+
+use crate::boot::Life;
+use crate::tideover;
+use crate::tideover::number;
+
+use super::Then;
+
+/// How much the guest has to count between two looks.
+const TICKS: u64 = 1000;
+
+/// Machines, and how often their host's kernel is replaced.
+struct Plan<'a> {
+    machines: u32,
+    arguments: &'a [&'a str],
+    kexecs: u32,
+}
+
+/// One machine through two kernels.
+pub(crate) fn one(life: &Life) -> anyhow::Result<Then> {
+    Plan { machines: 1, arguments: &["--memory", "64MiB"], kexecs: 2 }.live(life)
+}
+
+/// Eight at once.
+pub(crate) fn eight(life: &Life) -> anyhow::Result<Then> {
+    Plan { machines: 8, arguments: &["--memory", "16MiB"], kexecs: 1 }.live(life)
+}
+
+/// Memory in pages of 4 KiB, of which the guest has touched a part.
+pub(crate) fn small_pages(life: &Life) -> anyhow::Result<Then> {
+    Plan { machines: 1, arguments: &["--memory", "64MiB", "--page-size", "4KiB", "--on-demand"], kexecs: 2 }
+        .live(life)
+}
+
+impl Plan<'_> {
+    fn live(&self, life: &Life) -> anyhow::Result<Then> {
+        let names = (1..=self.machines).map(|number| format!("m{number}"));
+        let names: Vec<String> = names.collect();
+        match life.number {
+            1 => names.iter().try_for_each(|name| self.begin(name))?,
+            _ => arrive(life, &names)?,
+        }
+        if life.number > self.kexecs {
+            return end(&names);
+        }
+        leave(life)
+    }
+
+    fn begin(&self, name: &str) -> anyhow::Result<()> {
+        let arguments = [&["run", name, "--through-kexec"], self.arguments].concat();
+        let begun = tideover::json(&arguments)?;
+        ensure!(begun["guest"] == "kvm", "not a guest of KVM: {begun}");
+        tideover::wait_ticks(name, TICKS)?;
+        Ok(())
+    }
+}
+
+/// Has the command boot the next life: it comes back only if it cannot.
+pub(crate) fn leave(life: &Life) -> anyhow::Result<Then> {
+    let next = life.next()?;
+    let path = |path: &'static std::path::Path| path.to_str().context("a path that is not UTF-8");
+    let said = tideover::run(&[
+        "kexec",
+        "--kernel",
+        path(next.kernel)?,
+        "--initrd",
+        path(next.initrd)?,
+        "--cmdline",
+        &next.command_line,
+        "--now",
+    ])?;
+    bail!("there was no kexec: {said}")
+}
+
+/// All machines are back, and what they tell of it.
+fn arrive(life: &Life, names: &[String]) -> anyhow::Result<()> {
+    let reports = tideover::json(&["resume", "--all"])?;
+    let reports = reports.as_array().context("no list of reports")?;
+    let came = reports.len();
+    ensure!(came == names.len(), "{came} of {} tell that they came back: {}", names.len(), tideover::logs());
+    for name in names {
+        let report = tideover::json(&["report", name])?;
+        println!("{}", tideover::run(&["report", name])?);
+        is_sound(&report[0])?;
+        let status = tideover::status(name)?;
+        ensure!(number(&status, "kexecs")? == u64::from(life.number) - 1, "{status}");
+        ensure!(number(&status, "errors")? == 0, "the guest found errors: {status}");
+        tideover::wait_ticks(name, TICKS)?;
+    }
+    Ok(())
+}
+
+/// The guest counted on, its clock is right, and the parts of the pause are all of it.
+fn is_sound(report: &Value) -> anyhow::Result<()> {
+    ensure!(
+        number(report, "ticks_after")? > number(report, "ticks_before")?,
+        "it does not count on: {report}"
+    );
+    let field = |name: &str| report[name].as_f64().with_context(|| format!("no number {name} in {report}"));
+    let pause = field("pause_us")?;
+    let parts = report["phases_us"].as_array().context("no parts")?;
+    let all: f64 = parts.iter().filter_map(|part| part[1].as_f64()).sum();
+    ensure!((all - pause).abs() < 1000.0, "the parts are {all} us, the pause {pause} us: {report}");
+    // It sees besides how long others had the processor, and its first touches of memory.
+    let seen = field("guest_pause_us")?;
+    ensure!((pause - 1000.0..pause * 1.5 + 5_000_000.0).contains(&seen), "the guest saw {seen} us: {report}");
+    let error = field("clock_error_us")?;
+    ensure!(error.abs() < 50_000.0, "the guest's clock is wrong by {error} us");
+    Ok(())
+}
+
+/// After all that, every byte is what it should be, and the machines can be updated as ever.
+fn end(names: &[String]) -> anyhow::Result<Then> {
+    for name in names {
+        tideover::check(name)?;
+        tideover::update(name, "socket")?;
+        tideover::run(&["stop", name])?;
+    }
+    Ok(Then::End)
+}
