@@ -18,7 +18,7 @@ use crate::tally::Tally;
 use self::machine::Host;
 
 /// The cases, and how much memory their host has, in MiB.
-const CASES: [(&str, u32); 7] = [
+const CASES: [(&str, u32); 9] = [
     ("demo", 1024),
     ("device", 768),
     ("machine", 1024),
@@ -26,6 +26,8 @@ const CASES: [(&str, u32); 7] = [
     ("kexec", 1024),
     ("kexec-eight", 1024),
     ("kexec-small-pages", 1024),
+    ("kexec-gib", 2560),
+    ("kexec-twenty", 1024),
 ];
 
 #[derive(clap::Args)]

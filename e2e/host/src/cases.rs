@@ -22,7 +22,7 @@ pub(crate) enum Then {
 /// A case, which is run once in each life of its host.
 type Case = fn(&Life) -> anyhow::Result<Then>;
 
-const CASES: [(&str, Case); 7] = [
+const CASES: [(&str, Case); 9] = [
     ("demo", demo::run),
     ("device", device::run),
     ("machine", machine::run),
@@ -30,6 +30,8 @@ const CASES: [(&str, Case); 7] = [
     ("kexec", kexec::one),
     ("kexec-eight", kexec::eight),
     ("kexec-small-pages", kexec::small_pages),
+    ("kexec-gib", kexec::gib),
+    ("kexec-twenty", kexec::twenty),
 ];
 
 pub(crate) fn find(name: &str) -> anyhow::Result<Case> {

@@ -26,7 +26,7 @@ pub(crate) struct Crossing {
 }
 
 /// Parts of the pause: what each is called, and what it goes on to.
-const PARTS: [(&str, &str); 10] = [
+const PARTS: [(&str, &str); 12] = [
     ("save", "sealed"),
     ("shutdown", "jump"),
     ("kexec", "boot"),
@@ -34,7 +34,9 @@ const PARTS: [(&str, &str); 10] = [
     ("user_space", "resume"),
     ("session", "session"),
     ("retrieve", "retrieved"),
-    ("map", "warm"),
+    ("start_vmm", "received"),
+    ("map", "attached"),
+    ("prepare", "warm"),
     ("load", "loaded"),
     ("first_instruction", "entered"),
 ];
@@ -78,6 +80,8 @@ impl Crossing {
                     self.when.note(what, &now.at_monotonic(at_ns.min(now.monotonic_ns), rate));
                 }
             };
+            note("received", timeline.at_ns(Step::Received));
+            note("attached", timeline.at_ns(Step::Attached));
             note("warm", timeline.at_ns(Step::Warm));
             note("loaded", timeline.at_ns(Step::Loaded));
             note("entered", entered_ns);

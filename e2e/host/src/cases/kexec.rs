@@ -37,6 +37,16 @@ pub(crate) fn small_pages(life: &Life) -> anyhow::Result<Then> {
         .live(life)
 }
 
+/// One machine through twenty kernels.
+pub(crate) fn twenty(life: &Life) -> anyhow::Result<Then> {
+    Plan { machines: 1, arguments: &["--memory", "64MiB", "--vcpus", "2"], kexecs: 20 }.live(life)
+}
+
+/// A machine of 1 GiB: what is told of it is a figure.
+pub(crate) fn gib(life: &Life) -> anyhow::Result<Then> {
+    Plan { machines: 1, arguments: &["--memory", "1GiB"], kexecs: 3 }.live(life)
+}
+
 impl Plan<'_> {
     fn live(&self, life: &Life) -> anyhow::Result<Then> {
         let names = (1..=self.machines).map(|number| format!("m{number}"));
