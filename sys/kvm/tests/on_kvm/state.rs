@@ -549,7 +549,6 @@ fn the_clock_goes_on_by_the_time_that_passed() {
     assert!(clock_passed.abs_diff(time_passed) < 20_000_000, "{clock_passed} ns of {time_passed} ns");
 }
 
-<<<<<<< HEAD
 /// The VM's state with its clock changed.
 fn with_clock(state: &VmState, change: impl FnOnce(&mut bind::kvm_clock_data)) -> VmState {
     let mut clock = state.clock().unwrap();
@@ -621,8 +620,6 @@ fn a_host_whose_tsc_went_back_is_refused_by_a_vm_that_has_not_run() {
     }
 }
 
-=======
->>>>>>> 732e879 (kvm: a TSC that the next kernel measures a little otherwise is taken as it is)
 /// The frequency of the TSC in the state that a vCPU has after it was loaded with another one.
 fn tsc_khz_after(kvm: &Kvm, change: impl FnOnce(u32) -> u32) -> Result<(u32, u32), LoadError> {
     let memory = TestMemory::with_code(COUNT);
