@@ -1,5 +1,6 @@
 //! `cargo xtask e2e`: the end-to-end cases, each in an emulated host whose kernel has /dev/liveupdate.
 
+mod disk;
 mod image;
 mod kernel;
 mod machine;
@@ -17,6 +18,7 @@ use crate::tally::Tally;
 
 use self::machine::Host;
 
+<<<<<<< HEAD
 /// The cases, and how much memory their host has, in MiB.
 const CASES: [(&str, u32); 9] = [
     ("demo", 1024),
@@ -28,6 +30,23 @@ const CASES: [(&str, u32); 9] = [
     ("kexec-small-pages", 1024),
     ("kexec-gib", 2560),
     ("kexec-twenty", 1024),
+=======
+/// A case, and what its host has.
+#[derive(Clone, Copy)]
+struct Case {
+    name: &'static str,
+    memory_mib: u32,
+    /// A disk with a file system.
+    disk: bool,
+}
+
+const CASES: [Case; 5] = [
+    Case { name: "demo", memory_mib: 1024, disk: false },
+    Case { name: "device", memory_mib: 768, disk: false },
+    Case { name: "linux", memory_mib: 1024, disk: true },
+    Case { name: "machine", memory_mib: 1024, disk: false },
+    Case { name: "memfd", memory_mib: 768, disk: false },
+>>>>>>> 5ace3a4 (e2e: a Linux guest that checks its memory and its disk, and hosts with a disk that outlives their kernels)
 ];
 
 #[derive(clap::Args)]
@@ -58,8 +77,8 @@ pub(crate) fn run(options: &Options) -> Verdict {
 fn run_all(options: &Options) -> Result<Tally> {
     let wanted =
         |name: &str| options.cases.is_empty() || options.cases.iter().any(|word| name.contains(word));
-    let cases: Vec<_> = CASES.into_iter().filter(|(name, _)| wanted(name)).collect();
-    ensure!(!cases.is_empty(), "no case is called so; there are: {}", CASES.map(|(name, _)| name).join(", "));
+    let cases: Vec<_> = CASES.into_iter().filter(|case| wanted(case.name)).collect();
+    ensure!(!cases.is_empty(), "no case is called so; there are: {}", CASES.map(|case| case.name).join(", "));
     let kernel = match &options.kernel {
         Some(kernel) => kernel.clone(),
         None => match kernel::kept_or_built(!options.no_build)? {
@@ -74,9 +93,12 @@ fn run_all(options: &Options) -> Result<Tally> {
     };
     let image = image::make(&kernel).context("cannot make the hosts' file system")?;
     let mut tally = Tally::default();
-    for (name, memory_mib) in cases {
+    for Case { name, memory_mib, disk } in cases {
         let begun = Instant::now();
-        let host = Host { kernel: &kernel, image: &image, memory_mib, case: name, verbose: options.verbose };
+        let disk = if disk { Some(disk::make(name)?) } else { None };
+        let disk = disk.as_deref();
+        let host =
+            Host { kernel: &kernel, image: &image, memory_mib, disk, case: name, verbose: options.verbose };
         match host.run(Duration::from_secs(options.timeout)) {
             Ok(()) => {
                 tally.passed += 1;

@@ -17,6 +17,10 @@ const KERNEL: &str = "/boot/kernel";
 const INITRD_DISK: &str = "/dev/vda";
 const INITRD: &str = "/run/initrd";
 
+/// The disk that outlives the host's kernels, if its case has one, and where cases find what is on it.
+const DISK: &str = "/dev/vdb";
+pub(crate) const DISK_AT: &str = "/disk";
+
 /// Which case and which life.
 const CASE: &str = "e2e.case=";
 const LIFE: &str = "e2e.life=";
@@ -93,6 +97,12 @@ pub(crate) fn mount() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Mounts the disk that outlives the host's kernels.
+pub(crate) fn mount_disk() -> anyhow::Result<()> {
+    rustix::mount::mount(DISK, DISK_AT, "ext4", MountFlags::empty(), None::<&std::ffi::CStr>)
+        .with_context(|| format!("cannot mount {DISK}"))
 }
 
 /// Waits until the kernel has measured the TSC: in a host's first life this takes it a second.

@@ -6,6 +6,7 @@
 
 mod boot;
 mod cases;
+mod linux;
 mod tideover;
 
 use std::process::ExitCode;

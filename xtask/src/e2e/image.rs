@@ -15,13 +15,15 @@ use anyhow::ensure;
 use crate::cargo;
 use crate::cargo::Workspace;
 
-/// Programs, and where they are in the hosts.
-const PROGRAMS: [(&str, &str, &str); 2] =
-    [("tideover-e2e-host", "e2e-init", "/init"), ("tideover", "tideover", "/bin/tideover")];
-/// Where the kernel is there.
+/// Programs: their package and name.
+const INIT: (&str, &str) = ("tideover-e2e-host", "e2e-init");
+const GUEST_INIT: (&str, &str) = ("tideover-e2e-guest", "e2e-guest");
+const COMMAND: (&str, &str) = ("tideover", "tideover");
+/// Where the kernel is in the hosts, and the file system of their Linux guests, which have the same kernel.
 const KERNEL: &str = "/boot/kernel";
+const GUEST: &str = "/boot/guest.cpio";
 /// Folders that others are mounted on.
-const FOLDERS: [&str; 5] = ["/dev", "/proc", "/run", "/sys", "/tmp"];
+const FOLDERS: [&str; 6] = ["/dev", "/disk", "/proc", "/run", "/sys", "/tmp"];
 
 const FOLDER: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
@@ -32,28 +34,37 @@ pub(crate) fn make(kernel: &Path) -> Result<PathBuf> {
     let workspace = Workspace::read()?;
     let mut build = cargo::command();
     build.args(["build", "--release", "--quiet"]);
-    for (package, program, _) in PROGRAMS {
+    for (package, program) in [INIT, GUEST_INIT, COMMAND] {
         build.args(["--package", package, "--bin", program]);
     }
     ensure!(build.status().context("cargo cannot be run")?.success(), "the hosts' programs cannot be built");
+    let built = workspace.target_directory.join("release");
+    let guest = workspace.target_directory.join("e2e-guest.cpio");
+    system(&["/dev"], &[(built.join(GUEST_INIT.1), "/init")], &[])?.write(&guest)?;
+    let programs = [(built.join(INIT.1), "/init"), (built.join(COMMAND.1), "/bin/tideover")];
+    let image = workspace.target_directory.join("e2e.cpio");
+    system(&FOLDERS, &programs, &[(kernel, KERNEL), (&guest, GUEST)])?.write(&image)?;
+    Ok(image)
+}
+
+/// A file system with these folders, programs with what they are linked with, and other files; each with its place in it.
+fn system(folders: &[&str], programs: &[(PathBuf, &str)], files: &[(&Path, &str)]) -> Result<Archive> {
     let mut archive = Archive::default();
-    FOLDERS.into_iter().try_for_each(|folder| archive.folders(folder))?;
+    folders.iter().try_for_each(|folder| archive.folders(folder))?;
     // The first process finds its output there before it can mount anything.
+    archive.folders("/dev")?;
     archive.entry("/dev/console", CONSOLE, (5, 1), &[])?;
     let mut libraries = BTreeSet::new();
-    for (_, program, at) in PROGRAMS {
-        let path = workspace.target_directory.join("release").join(program);
-        archive.file(&stripped(&path)?, at)?;
-        libraries.extend(linked_with(&path)?);
+    for (path, at) in programs {
+        archive.file(&stripped(path)?, at)?;
+        libraries.extend(linked_with(path)?);
     }
     for library in libraries {
         let at = library.to_str().context("a library's path is not UTF-8")?;
         archive.file(&library, at)?;
     }
-    archive.file(kernel, KERNEL)?;
-    let image = workspace.target_directory.join("e2e.cpio");
-    fs::write(&image, archive.finish()?).with_context(|| format!("cannot write {}", image.display()))?;
-    Ok(image)
+    files.iter().try_for_each(|(from, to)| archive.file(from, to))?;
+    Ok(archive)
 }
 
 /// A copy without what only a debugger reads: the next kernel starts in little memory.
@@ -117,6 +128,10 @@ impl Archive {
 
     fn pad(&mut self) {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn write(self, to: &Path) -> Result<()> {
+        fs::write(to, self.finish()?).with_context(|| format!("cannot write {}", to.display()))
     }
 
     fn finish(mut self) -> Result<Vec<u8>> {

@@ -28,6 +28,8 @@ pub(crate) struct Host<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) image: &'a Path,
     pub(crate) memory_mib: u32,
+    /// One that it may write to: the second.
+    pub(crate) disk: Option<&'a Path>,
     pub(crate) case: &'a str,
     pub(crate) verbose: bool,
 }
@@ -78,6 +80,10 @@ impl Host<'_> {
             .arg(format!("file={},format=raw,if=virtio,readonly=on", self.image.display()))
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
+        if let Some(disk) = self.disk {
+            // It ends with the host: nothing has to last.
+            command.arg("-drive").arg(format!("file={},format=raw,if=virtio,cache=unsafe", disk.display()));
+        }
         Ok(command)
     }
 }
