@@ -33,6 +33,7 @@ const CASES: &[Case] = &[
     Case { name: "kexec", memory_mib: 1024, disk: false },
     Case { name: "kexec-eight", memory_mib: 1024, disk: false },
     Case { name: "kexec-gib", memory_mib: 2560, disk: false },
+    Case { name: "kexec-linux", memory_mib: 1024, disk: true },
     Case { name: "kexec-small-pages", memory_mib: 1024, disk: false },
     Case { name: "kexec-twenty", memory_mib: 1024, disk: false },
     Case { name: "linux", memory_mib: 1024, disk: true },

@@ -3,6 +3,7 @@
 mod demo;
 mod device;
 mod kexec;
+mod kexec_linux;
 mod linux;
 mod machine;
 mod memfd;
@@ -29,6 +30,7 @@ const CASES: &[(&str, Case)] = &[
     ("kexec", kexec::one),
     ("kexec-eight", kexec::eight),
     ("kexec-gib", kexec::gib),
+    ("kexec-linux", kexec_linux::run),
     ("kexec-small-pages", kexec::small_pages),
     ("kexec-twenty", kexec::twenty),
     ("linux", linux::run),

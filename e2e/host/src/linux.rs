@@ -27,13 +27,13 @@ pub(crate) fn disk(machine: &str) -> PathBuf {
     PathBuf::from(format!("{DISK_AT}/{machine}.img"))
 }
 
-/// Starts such a machine, with a disk of zeros.
-pub(crate) fn begin(machine: &str) -> anyhow::Result<()> {
+/// Starts such a machine, with a disk of zeros, and with these arguments besides.
+pub(crate) fn begin(machine: &str, besides: &[&str]) -> anyhow::Result<()> {
     File::create_new(disk(machine))?.set_len(DISK_BYTES)?;
     let disk = format!("{DISK_AT}/{machine}.img");
     let hardware = ["run", machine, "--memory", MEMORY, "--disk", &disk];
     let software = ["--kernel", "/boot/kernel", "--initrd", "/boot/guest.cpio", "--cmdline", COMMAND_LINE];
-    tideover::run(&[&hardware[..], &software].concat())?;
+    tideover::run(&[&hardware[..], &software, besides].concat())?;
     Ok(())
 }
 

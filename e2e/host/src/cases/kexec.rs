@@ -118,8 +118,20 @@ fn is_sound(report: &Value) -> anyhow::Result<()> {
     ensure!((all - pause).abs() < 1000.0, "the parts are {all} us, the pause {pause} us: {report}");
     // It sees besides how long others had the processor, and its first touches of memory.
     let seen = field("guest_pause_us")?;
-    ensure!((pause - 1000.0..pause * 1.5 + 5_000_000.0).contains(&seen), "the guest saw {seen} us: {report}");
-    let error = field("clock_error_us")?;
+    let sees =
+        if report["clock"] == "tsc" { pause - 1000.0..pause * 1.5 + 5_000_000.0 } else { 0.0..f64::MAX };
+    ensure!(sees.contains(&seen), "the guest saw {seen} us: {report}");
+    keeps_time(report)
+}
+
+/// The guest's clock is right, as far as the host's are.
+pub(crate) fn keeps_time(report: &Value) -> anyhow::Result<()> {
+    if report["clock"] != "tsc" {
+        // An emulator that is kept waiting while its kernel measures the TSC: its seconds are of another length than others'.
+        println!("this host's clocks do not agree with each other: nothing is known of the guest's");
+        return Ok(());
+    }
+    let error = report["clock_error_us"].as_f64().context("the guest has no clock")?;
     ensure!(error.abs() < 50_000.0, "the guest's clock is wrong by {error} us");
     Ok(())
 }

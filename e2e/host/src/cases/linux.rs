@@ -18,7 +18,7 @@ const LINES: u64 = 5;
 
 pub(crate) fn run(_life: &Life) -> anyhow::Result<Then> {
     boot::mount_disk()?;
-    linux::begin(MACHINE)?;
+    linux::begin(MACHINE, &[])?;
     let listener = Listener::new(MACHINE)?;
     let mut last = listener.wait("the guest's first line", linux::BOOT, |_| true)?;
     for carrier in ["socket", "exec"] {
