@@ -19,6 +19,7 @@ use machine::update::Guest;
 use machine::update::Observer;
 use machine::update::Step;
 use machine::update::Timeline;
+use region::Store;
 use thiserror::Error;
 
 use crate::FIRST_REGION_TOKEN;
@@ -26,6 +27,7 @@ use crate::NOTE_TOKEN;
 use crate::Note;
 use crate::NoteError;
 use crate::Sealed;
+use crate::VM_TOKEN;
 use crate::When;
 use crate::note::NoteFile;
 
@@ -66,6 +68,15 @@ pub enum LeaveError {
         #[source]
         source: PreserveError,
     },
+    /// The machine's memory is a guest_memfd, which goes with its VM object alone, and there is none.
+    #[error("the machine's memory belongs to a VM object of another process, or of none")]
+    NoVm,
+    /// The VM object's descriptor cannot be copied.
+    #[error("cannot copy the descriptor of the machine's VM object")]
+    Vm(#[source] std::io::Error),
+    /// The kernel does not take the VM object.
+    #[error("the kernel does not preserve the VM object that the machine's memory belongs to")]
+    PreserveVm(#[source] PreserveError),
     /// The kernel does not take the note.
     #[error("the kernel does not preserve the machine's note")]
     PreserveNote(#[source] PreserveError),
@@ -122,6 +133,7 @@ impl<'a, G: Guest> Leaving<'a, G> {
         let file = NoteFile::make(&note).map_err(LeaveError::Note)?;
         let mut bytes = 0;
         let begun = Instant::now();
+        self.offer_vm()?;
         for (index, region) in self.departure.machine().regions().enumerate() {
             bytes += region.len_bytes();
             let Some(session) = &mut self.session else { continue };
@@ -134,6 +146,18 @@ impl<'a, G: Guest> Leaving<'a, G> {
         let kernel = if self.session.is_some() { begun.elapsed() } else { Duration::ZERO };
         self.note = Some((file, note));
         Ok(Preserved { bytes, fill, kernel })
+    }
+
+    /// A guest_memfd can go where the kernel takes its VM object, too. Linux 7.3 takes neither.
+    fn offer_vm(&mut self) -> Result<(), LeaveError> {
+        let is_guest_memfd = |region: &region::Region| region.store() == Store::GuestMemfd;
+        let Some(session) = &mut self.session else { return Ok(()) };
+        if !self.departure.machine().regions().any(is_guest_memfd) {
+            return Ok(());
+        }
+        let vm = self.departure.machine().vm_object().ok_or(LeaveError::NoVm)?;
+        let vm = kvm::descriptor(&vm).map_err(LeaveError::Vm)?;
+        session.preserve(VM_TOKEN, vm.as_fd()).map_err(LeaveError::PreserveVm)
     }
 
     fn note(&self, offer: Offer) -> Note {

@@ -58,6 +58,8 @@ pub const MAX_NAME_BYTES: usize = 60;
 const NOTE_TOKEN: u64 = 0;
 /// The token of region 0; the others follow.
 const FIRST_REGION_TOKEN: u64 = 1;
+/// The token of the VM object, if memory of the machine is its own.
+const VM_TOKEN: u64 = 0x1000;
 
 /// A machine's name is too long for a session of the kernel's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

@@ -62,7 +62,7 @@ pub use slots::{Binding, HostMemory, MemorySlots, SlotError, SlotFlags, SlotHand
 pub use state::{Fault, StateError, VcpuGroup, VmGroup};
 pub use vcpu::{MemoryFault, RunError, Stopped, Vcpu, VcpuError};
 pub use vcpu_state::{LoadError, Loader, PrepareError, SaveError, Saver, VcpuState};
-pub use vm::{Irqchip, Vm, VmBuilder, VmError};
+pub use vm::{Irqchip, Vm, VmBuilder, VmError, descriptor};
 pub use vm_state::{VmLoadError, VmSaveError, VmState};
 
 /// Unit of memory slots and guest_memfds, in bytes.

@@ -1,5 +1,7 @@
 //! The VM object: made in the order that is fast, with its interrupt controllers as one choice.
 
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings as bind;
@@ -9,6 +11,16 @@ use crate::capabilities::{Capabilities, CapabilitiesError};
 use crate::guest_memfd::{self, GuestMemfdError, GuestMemfdFlags};
 use crate::slots::{HostMemory, MemorySlots};
 use crate::vcpu::{Vcpu, VcpuError};
+
+/// A descriptor of a VM object of one's own, as what a kernel that can is to preserve it by.
+///
+/// # Errors
+/// If this process can have no more descriptors.
+pub fn descriptor(vm: &VmFd) -> io::Result<OwnedFd> {
+    // SAFETY: the VM object keeps its descriptor open, and is borrowed for longer than this is.
+    let fd = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
+    fd.try_clone_to_owned()
+}
 
 /// Which interrupt controllers of a VM are inside KVM.
 ///
