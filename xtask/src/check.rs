@@ -1,4 +1,4 @@
-//! The verb `check`: all that CI runs, step by step.
+//! The verb `check`: what CI runs, step by step, the end-to-end cases aside.
 
 use std::ffi::OsStr;
 use std::process::Stdio;

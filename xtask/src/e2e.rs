@@ -1,107 +1,183 @@
 //! `cargo xtask e2e`: the end-to-end cases, each in an emulated host whose kernel has /dev/liveupdate.
 
+mod cases;
 mod disk;
 mod image;
 mod kernel;
 mod machine;
+mod programs;
 
+use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use anyhow::Result;
+use anyhow::bail;
 use anyhow::ensure;
 
 use crate::Verdict;
 use crate::tally::Tally;
 
+use self::cases::CASES;
+use self::cases::Case;
 use self::machine::Host;
 
-/// A case, and what its host has.
-#[derive(Clone, Copy)]
-struct Case {
-    name: &'static str,
-    memory_mib: u32,
-    /// A disk with a file system.
-    disk: bool,
-}
-
-const CASES: &[Case] = &[
-    Case { name: "demo", memory_mib: 1024, disk: false },
-    Case { name: "device", memory_mib: 768, disk: false },
-    Case { name: "kexec", memory_mib: 1024, disk: false },
-    Case { name: "kexec-eight", memory_mib: 1024, disk: false },
-    Case { name: "kexec-gib", memory_mib: 2560, disk: false },
-    Case { name: "kexec-linux", memory_mib: 1024, disk: true },
-    Case { name: "kexec-small-pages", memory_mib: 1024, disk: false },
-    Case { name: "kexec-twenty", memory_mib: 1024, disk: false },
-    Case { name: "linux", memory_mib: 1024, disk: true },
-    Case { name: "machine", memory_mib: 1024, disk: false },
-    Case { name: "memfd", memory_mib: 768, disk: false },
-];
+/// Names a kernel as `--kernel` does.
+const KERNEL: &str = "TIDEOVER_E2E_KERNEL";
+/// How long the cases of `--smoke` may take together, from the first one's start.
+const SMOKE_LIMIT: Duration = Duration::from_secs(8 * 60);
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Only cases whose name contains one of these.
     cases: Vec<String>,
-    /// The kernel (a bzImage with /dev/liveupdate). Without it one is built from Debian's newest kernel source, once,
-    /// and kept in the cache folder.
+    /// Only the cases that CI runs, which have 8 minutes together.
+    #[arg(long)]
+    smoke: bool,
+    /// List the cases, and run none.
+    #[arg(long)]
+    list: bool,
+    /// The kernel (a bzImage with /dev/liveupdate). Without it, the one that TIDEOVER_E2E_KERNEL names; else one is built from
+    /// Debian's newest kernel source, once, and kept in the cache folder.
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Build no kernel: if none is given or kept, skip all cases.
+    /// Build no kernel, and skip all cases where there is none, or a program is missing that runs the hosts.
     #[arg(long)]
     no_build: bool,
     /// Show all that the hosts say.
     #[arg(long)]
     verbose: bool,
-    /// How long each case may take, in seconds.
-    #[arg(long, default_value_t = 240)]
-    timeout: u64,
+    /// How long each case may take, in seconds, instead of what the list says.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Tell the cases something, as `updates=20`; may be given more than once. What a case knows stands in the list.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parameter)]
+    with: Vec<(String, String)>,
+}
+
+/// A word of a kernel's command line, without its name.
+fn parameter(text: &str) -> Result<(String, String), String> {
+    let fits =
+        |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_graphic() && c != '"' && c != '=');
+    match text.split_once('=') {
+        Some((name, value)) if fits(name) && fits(value) => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("it is not NAME=VALUE, or has a blank, a quote or a second `=` in it".to_owned()),
+    }
 }
 
 pub(crate) fn run(options: &Options) -> Verdict {
-    let tally = run_all(options)?;
+    if options.list {
+        print!("{}", cases::list());
+        return Ok(true);
+    }
+    let tally = run_all(options).unwrap_or_else(|error| {
+        println!("error: {error:#}");
+        Tally::ONE_FAILURE
+    });
     println!("{tally}");
-    Ok(tally.is_good())
+    // Cases are skipped only if that was asked for.
+    Ok(tally.failed == 0)
 }
 
 fn run_all(options: &Options) -> Result<Tally> {
-    let wanted =
-        |name: &str| options.cases.is_empty() || options.cases.iter().any(|word| name.contains(word));
-    let cases: Vec<_> = CASES.iter().filter(|case| wanted(case.name)).collect();
-    let names: Vec<&str> = CASES.iter().map(|case| case.name).collect();
-    ensure!(!cases.is_empty(), "no case is called so; there are: {}", names.join(", "));
-    let kernel = match &options.kernel {
-        Some(kernel) => kernel.clone(),
-        None => match kernel::kept_or_built(!options.no_build)? {
-            Some(kernel) => kernel,
-            None => {
-                println!(
-                    "SKIPPED: all end-to-end cases, as there is no kernel: `cargo xtask e2e` builds one"
-                );
-                return Ok(Tally { skipped: cases.len(), ..Tally::default() });
-            }
-        },
+    let cases = chosen(options)?;
+    let (kernel, image) = match prepare(options)? {
+        Ready::Yes { kernel, image } => (kernel, image),
+        Ready::No(why) => {
+            let names: Vec<&str> = cases.iter().map(|case| case.name).collect();
+            println!("SKIPPED: the end-to-end cases {}: {why}", names.join(", "));
+            return Ok(Tally { skipped: cases.len(), ..Tally::default() });
+        }
     };
-    let image = image::make(&kernel).context("cannot make the hosts' file system")?;
     let mut tally = Tally::default();
-    for &Case { name, memory_mib, disk } in cases {
+    let begun = Instant::now();
+    for case in cases {
+        let left = if options.smoke { SMOKE_LIMIT.saturating_sub(begun.elapsed()) } else { Duration::MAX };
+        let patience = Duration::from_secs(options.timeout.unwrap_or(case.timeout_s)).min(left);
         let begun = Instant::now();
-        let disk = if disk { Some(disk::make(name)?) } else { None };
-        let disk = disk.as_deref();
-        let host =
-            Host { kernel: &kernel, image: &image, memory_mib, disk, case: name, verbose: options.verbose };
-        match host.run(Duration::from_secs(options.timeout)) {
+        let ran = run_case(case, &kernel, &image, patience, options);
+        let took = begun.elapsed().as_secs_f64();
+        match ran {
             Ok(()) => {
                 tally.passed += 1;
-                println!("e2e {name} ... ok ({:.1} s)", begun.elapsed().as_secs_f64());
+                println!("e2e {} ... ok ({took:.1} s)", case.name);
             }
             Err(error) => {
                 tally.failed += 1;
-                println!("e2e {name} ... FAILED ({:.1} s): {error:#}", begun.elapsed().as_secs_f64());
+                println!("e2e {} ... FAILED ({took:.1} s): {error:#}", case.name);
             }
         }
     }
     Ok(tally)
+}
+
+fn chosen(options: &Options) -> Result<Vec<&'static Case>> {
+    let is_named =
+        |case: &Case| options.cases.is_empty() || options.cases.iter().any(|word| case.name.contains(word));
+    let is_chosen = |case: &&Case| is_named(case) && (case.smoke || !options.smoke);
+    let cases: Vec<_> = CASES.iter().filter(is_chosen).collect();
+    ensure!(!cases.is_empty(), "there is no such case: `cargo xtask e2e --list` lists those that there are");
+    Ok(cases)
+}
+
+/// What all cases need.
+enum Ready {
+    Yes { kernel: PathBuf, image: PathBuf },
+    No(String),
+}
+
+fn prepare(options: &Options) -> Result<Ready> {
+    let may_skip = options.no_build;
+    match programs::missing(&programs::HOSTS) {
+        Some(missing) if may_skip => return Ok(Ready::No(format!("{missing} first"))),
+        Some(missing) => bail!("hosts cannot be run here: {missing} first"),
+        None => {}
+    }
+    let named = std::env::var_os(KERNEL).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let kernel = match options.kernel.clone().or(named) {
+        Some(kernel) => {
+            ensure!(kernel.is_file(), "{} is no kernel", kernel.display());
+            kernel
+        }
+        None => match kernel::kept_or_built(!may_skip)? {
+            Some(kernel) => kernel,
+            None => {
+                return Ok(Ready::No(format!(
+                    "there is no kernel: `cargo xtask e2e` builds one, {KERNEL} names one"
+                )));
+            }
+        },
+    };
+    let image = image::make(&kernel).context("cannot make the hosts' file system")?;
+    Ok(Ready::Yes { kernel, image })
+}
+
+fn run_case(case: &Case, kernel: &Path, image: &Path, patience: Duration, options: &Options) -> Result<()> {
+    ensure!(!patience.is_zero(), "the time for all cases is over");
+    let disk = if case.disk { Some(disk::make(case.name)?) } else { None };
+    let host = Host {
+        kernel,
+        image,
+        memory_mib: case.memory_mib,
+        disk: disk.as_deref(),
+        case: case.name,
+        with: &options.with,
+        verbose: options.verbose,
+    };
+    host.run(patience)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parameter_is_one_word_of_a_command_line() {
+        assert_eq!(parameter("updates=20"), Ok(("updates".to_owned(), "20".to_owned())));
+        for bad in ["", "updates", "=2", "a=", "a=1 2", "a=\"1", "a=1=2"] {
+            assert!(parameter(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! The project's own chores: what must hold before a change lands, as commands.
 //!
-//! `cargo xtask check` is all that CI runs; each of its steps can be run alone.
+//! `cargo xtask check` is what CI runs first; each of its steps can be run alone. The end-to-end cases come after it.
 
 #![forbid(unsafe_code)]
 
@@ -33,7 +33,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Run all that CI runs, in order, up to the first step that fails
+    /// Run what CI runs, in order, up to the first step that fails; the end-to-end cases aside
     Check(check::Options),
     /// Run every unit, integration and doc test, and list those that this machine made us skip
     Test(test::Options),

@@ -1,9 +1,11 @@
 //! Becoming a host, and becoming the next one.
 
+use std::error::Error;
 use std::fs;
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::Path;
+use std::str::FromStr;
 
 use anyhow::Context as _;
 use kvm_ioctls::Kvm;
@@ -24,6 +26,8 @@ pub(crate) const DISK_AT: &str = "/disk";
 /// Which case and which life.
 const CASE: &str = "e2e.case=";
 const LIFE: &str = "e2e.life=";
+/// What a case is told besides.
+const WITH: &str = "e2e.with.";
 /// How many bytes of the disk are the file system.
 const INITRD_BYTES: &str = "e2e.initrd=";
 /// The TSC's rate, and that the kernel is to measure it no more: each measure comes to another one, and KVM takes a guest with
@@ -52,12 +56,24 @@ impl Life {
     pub(crate) fn read() -> anyhow::Result<Self> {
         let command_line = fs::read_to_string("/proc/cmdline")?.trim().to_owned();
         let value = |name: &str| {
-            let value = command_line.split_whitespace().find_map(|word| word.strip_prefix(name));
-            value.map(str::to_owned).with_context(|| format!("the kernel was not told {name}"))
+            word(&command_line, name)
+                .map(str::to_owned)
+                .with_context(|| format!("the kernel was not told {name}"))
         };
         let (case, number, initrd_bytes) =
             (value(CASE)?, value(LIFE)?.parse()?, value(INITRD_BYTES)?.parse()?);
         Ok(Self { command_line, case, number, initrd_bytes })
+    }
+
+    /// What the case was told by this name, else what it is to take for it.
+    pub(crate) fn with<T>(&self, name: &str, or: T) -> anyhow::Result<T>
+    where
+        T: FromStr<Err: Error + Send + Sync + 'static>,
+    {
+        match word(&self.command_line, &format!("{WITH}{name}=")) {
+            Some(told) => told.parse().with_context(|| format!("cannot read {name}={told}")),
+            None => Ok(or),
+        }
     }
 
     /// What the next life is to be booted from: this one's kernel, and the same first process.
@@ -75,6 +91,11 @@ impl Life {
         let words = self.command_line.split_whitespace().map(next).collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Next { kernel, initrd, command_line: words.join(" ") })
     }
+}
+
+/// What stands behind a name in a command line.
+fn word<'a>(command_line: &'a str, name: &str) -> Option<&'a str> {
+    command_line.split_whitespace().find_map(|word| word.strip_prefix(name))
 }
 
 /// Mounts what every Linux has.

@@ -1,6 +1,5 @@
 //! The disk of a case's host: a file with an empty file system, which outlives the host's kernels.
 
-use std::ffi::OsString;
 use std::fs;
 use std::fs::File;
 use std::path::PathBuf;
@@ -12,11 +11,10 @@ use anyhow::Result;
 use anyhow::ensure;
 
 use crate::cargo::Workspace;
+use crate::e2e::programs;
 
 /// Its size in bytes. What is not written to takes no room.
 const SIZE_BYTES: u64 = 256 << 20;
-/// Where a user may not look for programs, and root does.
-const ROOTS_PROGRAMS: &str = "/usr/sbin:/sbin";
 
 /// Makes it anew, below the workspace's target folder.
 pub(crate) fn make(case: &str) -> Result<PathBuf> {
@@ -28,16 +26,9 @@ pub(crate) fn make(case: &str) -> Result<PathBuf> {
     }
     let file = File::create(&disk).and_then(|file| file.set_len(SIZE_BYTES));
     file.with_context(|| format!("cannot make {shown}"))?;
-    let mut path = std::env::var_os("PATH").unwrap_or_default();
-    path.push(OsString::from(format!(":{ROOTS_PROGRAMS}")));
-    let made = Command::new("mkfs.ext4")
-        .env("PATH", path)
-        .args(["-q", "-F"])
-        .arg(&disk)
-        .stdin(Stdio::null())
-        .status();
-    let made =
-        made.context("mkfs.ext4 cannot be run: `apt-get install --no-install-recommends e2fsprogs`")?;
+    let mut make = Command::new("mkfs.ext4");
+    make.env("PATH", programs::path()).args(["-q", "-F"]).arg(&disk).stdin(Stdio::null());
+    let made = make.status().context("mkfs.ext4 cannot be run")?;
     ensure!(made.success(), "mkfs.ext4 {shown}: {made}");
     Ok(disk)
 }

@@ -12,19 +12,10 @@ use anyhow::bail;
 use anyhow::ensure;
 
 use crate::cargo::Workspace;
+use crate::e2e::programs;
 
 /// The suite that has the newest kernels for today's stable release. Its name, as what `stable-backports` is may lag behind.
 const SUITE: &str = "trixie-backports";
-/// What a kernel is built with: programs, and Debian's packages that have them.
-const PROGRAMS: [(&str, &str); 6] = [
-    ("gcc", "gcc"),
-    ("make", "make"),
-    ("flex", "flex"),
-    ("bison", "bison"),
-    ("bc", "bc"),
-    ("xz", "xz-utils"),
-];
-
 /// The kernel that is kept, or a new one if `build` says so; `None` if there is none then.
 pub(crate) fn kept_or_built(build: bool) -> Result<Option<PathBuf>> {
     let fragment = Workspace::read()?.root.join("e2e/host/kernel.config");
@@ -53,13 +44,9 @@ fn cache_folder() -> Result<PathBuf> {
 }
 
 fn build(cache: &Path, fragment: &Path) -> Result<PathBuf> {
-    let missing: Vec<&str> =
-        PROGRAMS.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
-    ensure!(
-        missing.is_empty(),
-        "a kernel cannot be built here: `apt-get install --no-install-recommends {}` first, or give one by --kernel",
-        missing.join(" ")
-    );
+    if let Some(missing) = programs::missing(&programs::KERNEL) {
+        bail!("a kernel cannot be built here: {missing} first, or give one by --kernel");
+    }
     let source = fetch(cache)?;
     println!("e2e: building the kernel in {} (once, 5 to 15 minutes)", source.display());
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
@@ -164,11 +151,6 @@ fn mirror() -> Result<String> {
     let listed = String::from_utf8_lossy(&targets.stdout).into_owned();
     let debian = listed.lines().find_map(|line| line.strip_prefix("Debian Debian "));
     Ok(debian.context("this machine's apt knows no Debian: give a kernel by --kernel")?.to_owned())
-}
-
-fn is_there(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
 /// Runs a command, whose output is shown only if it fails.

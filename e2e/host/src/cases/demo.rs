@@ -7,7 +7,8 @@ use crate::tideover;
 
 use super::Then;
 
-pub(crate) fn run(_life: &Life) -> anyhow::Result<Then> {
+pub(crate) fn run(life: &Life) -> anyhow::Result<Then> {
+    let updates = life.with("updates", 2_u32)?.to_string();
     for carrier in ["socket", "exec"] {
         let found = tideover::json(&[
             "demo",
@@ -16,7 +17,7 @@ pub(crate) fn run(_life: &Life) -> anyhow::Result<Then> {
             "--vcpus",
             "2",
             "--updates",
-            "2",
+            &updates,
             "--carrier",
             carrier,
         ])?;

@@ -16,18 +16,19 @@ const MACHINE: &str = "vm1";
 /// How many lines the guest has to say after each update.
 const LINES: u64 = 5;
 
-pub(crate) fn run(_life: &Life) -> anyhow::Result<Then> {
+pub(crate) fn run(life: &Life) -> anyhow::Result<Then> {
     boot::mount_disk()?;
     linux::begin(MACHINE, &[])?;
     let listener = Listener::new(MACHINE)?;
     let mut last = listener.wait("the guest's first line", linux::BOOT, |_| true)?;
-    for carrier in ["socket", "exec"] {
+    let updates: u64 = life.with("updates", 2)?;
+    for (_, carrier) in (0..updates).zip(["socket", "exec"].into_iter().cycle()) {
         tideover::update(MACHINE, carrier)?;
         last = listener.wait("a later line", PATIENCE, |said| said.disk >= last.disk + LINES)?;
         println!("{last}");
     }
-    let updates = tideover::number(&tideover::status(MACHINE)?, "updates")?;
-    ensure!(updates == 2, "updated {updates} times");
+    let counted = tideover::number(&tideover::status(MACHINE)?, "updates")?;
+    ensure!(counted == updates, "updated {counted} times");
     tideover::run(&["stop", MACHINE])?;
     let said = listener.end()?;
     linux::goes_on(&said)?;

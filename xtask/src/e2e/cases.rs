@@ -1,0 +1,75 @@
+//! The cases. What each does stands in `e2e/host/src/cases`, under its name.
+
+use std::fmt::Write as _;
+
+/// A case, and what its host has.
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    /// What it is about, and what it can be told.
+    about: &'static str,
+    pub(crate) memory_mib: u32,
+    /// A second disk, with a file system, which outlives the host's kernels.
+    pub(crate) disk: bool,
+    /// How long it may take, in seconds: several times what it takes where nothing else runs.
+    pub(crate) timeout_s: u64,
+    /// CI runs it.
+    pub(crate) smoke: bool,
+}
+
+impl Case {
+    const fn new(name: &'static str, about: &'static str, memory_mib: u32, timeout_s: u64) -> Self {
+        Self { name, about, memory_mib, disk: false, timeout_s, smoke: false }
+    }
+
+    const fn with_disk(self) -> Self {
+        Self { disk: true, ..self }
+    }
+
+    const fn in_ci(self) -> Self {
+        Self { smoke: true, ..self }
+    }
+}
+
+pub(crate) const CASES: &[Case] = &[
+    Case::new("demo", "the demo by both carriers (updates=2)", 1024, 120),
+    Case::new("device", "what /dev/liveupdate answers", 768, 60).in_ci(),
+    Case::new("kexec", "a machine lives through two kernels", 1024, 240).in_ci(),
+    Case::new("kexec-eight", "eight machines at once", 1024, 300),
+    Case::new("kexec-gib", "a machine of 1 GiB through three kernels", 2560, 600),
+    Case::new("kexec-linux", "Linux as a guest, its disk, and the host's file system", 1024, 360)
+        .with_disk()
+        .in_ci(),
+    Case::new("kexec-small-pages", "pages of 4 KiB, of which the guest has touched some", 1024, 300),
+    Case::new("kexec-twenty", "a machine through twenty kernels", 1024, 1500),
+    Case::new("linux", "Linux is updated while it checks its memory and disk (updates=2)", 1024, 180)
+        .with_disk(),
+    Case::new("machine", "a machine is updated by both carriers", 1024, 120).in_ci(),
+    Case::new("memfd", "a memory file lives through two kernels", 768, 180).in_ci(),
+];
+
+/// The cases as a table.
+pub(crate) fn list() -> String {
+    let mut shown = format!("{:<18} {:>8} {:>8}  {:<6} what\n", "case", "memory", "at most", "smoke");
+    for case in CASES {
+        let (memory, time) = (format!("{} MiB", case.memory_mib), format!("{} s", case.timeout_s));
+        let smoke = if case.smoke { "yes" } else { "" };
+        // A string takes whatever is written to it.
+        let _ = writeln!(shown, "{:<18} {memory:>8} {time:>8}  {smoke:<6} {}", case.name, case.about);
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_case_has_a_name_of_its_own_and_a_line_in_the_list() {
+        let names: BTreeSet<&str> = CASES.iter().map(|case| case.name).collect();
+        assert_eq!(names.len(), CASES.len());
+        assert_eq!(list().lines().count(), CASES.len() + 1);
+        assert!(names.iter().all(|name| list().contains(name)));
+    }
+}
