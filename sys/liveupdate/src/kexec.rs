@@ -13,6 +13,8 @@ use thiserror::Error;
 
 /// `KEXEC_FILE_UNLOAD`.
 const UNLOAD: libc::c_ulong = 1;
+/// A flag that there is not.
+const NO_FLAG: libc::c_ulong = 1 << 31;
 /// `KEXEC_FILE_NO_INITRAMFS`.
 const NO_INITRAMFS: libc::c_ulong = 4;
 
@@ -103,6 +105,21 @@ pub fn load(
 /// [`LoadError`]
 pub fn unload() -> Result<(), LoadError> {
     file_load(-1, -1, c"", UNLOAD).map_err(|source| LoadError::of(source, 1))
+}
+
+/// Asks whether [`load`] could be called, by a call that does nothing else: what is loaded stays so.
+///
+/// A kernel that may load only so many (`kernel.kexec_load_limit_reboot`, when it is not -1) counts this as one of them.
+///
+/// # Errors
+/// [`LoadError::Unsupported`] if the kernel has no such call, [`LoadError::Denied`] if this process may not make it.
+pub fn ask() -> Result<(), LoadError> {
+    match file_load(-1, -1, c"", NO_FLAG) {
+        Err(source) if source.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(()),
+        Err(source) => Err(LoadError::of(source, 1)),
+        // It took a flag that it cannot know, and loaded nothing from no file.
+        Ok(()) => Ok(()),
+    }
 }
 
 fn file_load(kernel: i32, initrd: i32, command_line: &CStr, flags: libc::c_ulong) -> io::Result<()> {

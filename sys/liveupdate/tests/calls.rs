@@ -19,18 +19,21 @@ use tideover_liveupdate::kexec::LoadError;
 /// `LINUX_REBOOT_CMD_KEXEC`.
 const KEXEC: u64 = 0x4558_4543;
 
-/// Calls `act` on a thread on which `call` is answered with `errno` if its third argument is `third`, or whatever it is;
-/// and on which nothing else loads a kernel or reboots.
+/// Calls `act` on a thread on which `call` is answered with `errno` if that one of its arguments, counted from 0, is this, or
+/// whatever they are; and on which nothing else loads a kernel or reboots.
 fn answered<T: Send + 'static>(
     call: i64,
-    third: Option<u64>,
+    argument: Option<(u8, u64)>,
     errno: i32,
     act: impl FnOnce() -> T + Send + 'static,
 ) -> T {
-    let rules = third.map(|third| {
-        let is = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, third).unwrap();
-        SeccompRule::new(vec![is]).unwrap()
-    });
+    let when = |compared: SeccompCmpOp| {
+        let condition = |(index, value)| {
+            SeccompCondition::new(index, SeccompCmpArgLen::Dword, compared.clone(), value).unwrap()
+        };
+        argument.map(|argument| SeccompRule::new(vec![condition(argument)]).unwrap())
+    };
+    let rules = when(SeccompCmpOp::Eq);
     let arch = || std::env::consts::ARCH.try_into().unwrap();
     let answer = SeccompAction::Errno(u32::try_from(errno).unwrap());
     let answers = [(call, rules.into_iter().collect())].into_iter().collect();
@@ -38,11 +41,8 @@ fn answered<T: Send + 'static>(
     let all = [libc::SYS_kexec_load, libc::SYS_kexec_file_load, libc::SYS_reboot];
     let others = all.into_iter().filter(|other| *other != call).map(|other| (other, vec![]));
     // Of the call itself, what was not asked for.
-    let other_third = third.map(|third| {
-        let not = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, third).unwrap();
-        (call, vec![SeccompRule::new(vec![not]).unwrap()])
-    });
-    let refused = others.chain(other_third).collect();
+    let asked_otherwise = when(SeccompCmpOp::Ne).map(|rule| (call, vec![rule]));
+    let refused = others.chain(asked_otherwise).collect();
     let refuses =
         SeccompFilter::new(refused, SeccompAction::Allow, SeccompAction::Errno(95), arch()).unwrap();
     let (answers, refuses): (BpfProgram, BpfProgram) =
@@ -71,6 +71,15 @@ fn a_kernel_is_loaded_by_the_call_that_takes_sessions_along() {
     assert!(matches!(answered(libc::SYS_kexec_file_load, None, libc::EBUSY, unload), LoadError::Busy));
 }
 
+/// By a flag that no kernel knows: above all not the one that lets go of what is loaded.
+#[test]
+fn the_call_is_asked_for_without_loading_or_letting_go() {
+    let ask = |errno| answered(libc::SYS_kexec_file_load, Some((4, 1 << 31)), errno, kexec::ask);
+    ask(libc::EINVAL).unwrap();
+    assert!(matches!(ask(libc::ENOSYS), Err(LoadError::Unsupported)));
+    assert!(matches!(ask(libc::EPERM), Err(LoadError::Denied)));
+}
+
 #[test]
 fn what_the_kernel_says_of_an_image_is_told_apart() {
     assert!(matches!(load(libc::EPERM), LoadError::Denied));
@@ -91,7 +100,7 @@ fn what_the_kernel_says_of_an_image_is_told_apart() {
 #[test]
 fn a_kernel_is_booted_by_the_command_that_hands_over_and_by_no_other() {
     let execute = |errno| {
-        answered(libc::SYS_reboot, Some(KEXEC), errno, || match kexec::execute() {
+        answered(libc::SYS_reboot, Some((2, KEXEC)), errno, || match kexec::execute() {
             Err(error) => error,
             Ok(never) => match never {},
         })
