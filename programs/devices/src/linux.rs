@@ -20,6 +20,7 @@ use std::io;
 use std::io::Read;
 use std::io::Seek;
 use std::io::SeekFrom;
+use std::ops::Range;
 
 use kvm_bindings::kvm_dtable;
 use kvm_bindings::kvm_regs;
@@ -71,6 +72,12 @@ const OLDEST: u16 = 0x020c;
 const LOADED_HIGH: u8 = 1;
 /// In `xloadflags`: there is a 64-bit entry.
 const KERNEL_64: u16 = 1;
+/// In `xloadflags`: it may lie above 4 GiB.
+const ABOVE_4_GIB: u16 = 2;
+/// From where the header counts to the kernel's version.
+const VERSION_BASE: u64 = 0x200;
+/// More than Linux writes.
+const VERSION_BYTES: u64 = 512;
 /// Where that entry is in the kernel.
 const ENTRY: u64 = 0x200;
 const SECTOR: u64 = 512;
@@ -221,6 +228,62 @@ pub fn check(kernel: &mut (impl ReadVolatile + Seek)) -> Result<(), LoadError> {
     Image::read(kernel).map(drop)
 }
 
+/// What an image says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Its release and how it was built, as `7.3.4 (user@host) #1 SMP`; `None` if it does not say.
+    pub version: Option<String>,
+    /// The boot protocol that it follows: 2 and 15 for 2.15.
+    pub protocol: (u8, u8),
+    /// It runs wherever it is put.
+    pub relocatable: bool,
+    /// It may be put above 4 GiB.
+    pub above_4_gib: bool,
+    /// Bytes of memory that it needs in one piece until it has unpacked itself.
+    pub init_bytes: u64,
+    /// Bytes that a command line may have, without a NUL.
+    pub command_line_bytes: u64,
+    /// Where the kernel itself is in the image, packed in one way or another; `None` if there is nothing there.
+    pub payload: Option<Range<u64>>,
+}
+
+/// Reads what an image says of itself: nothing of it is unpacked or believed but what [`check`] looks at.
+///
+/// # Errors
+/// As [`check`].
+pub fn describe(kernel: &mut (impl ReadVolatile + Seek)) -> Result<Description, LoadError> {
+    let Image { header, setup_bytes, kernel_bytes } = Image::read(kernel)?;
+    let [minor, major] = header.version.to_le_bytes();
+    let first = setup_bytes + u64::from(header.payload_offset);
+    let end = first + u64::from(header.payload_length);
+    let payload = header.payload_length > 0 && end <= setup_bytes + kernel_bytes;
+    Ok(Description {
+        version: read_version(kernel, u64::from(header.kernel_version), setup_bytes)?,
+        protocol: (major, minor),
+        relocatable: header.relocatable_kernel != 0,
+        above_4_gib: header.xloadflags & ABOVE_4_GIB != 0,
+        init_bytes: header.init_size.into(),
+        command_line_bytes: header.cmdline_size.into(),
+        payload: payload.then_some(first..end),
+    })
+}
+
+fn read_version(
+    kernel: &mut (impl ReadVolatile + Seek),
+    offset: u64,
+    setup_bytes: u64,
+) -> Result<Option<String>, LoadError> {
+    let first = VERSION_BASE + offset;
+    let len = setup_bytes.saturating_sub(first).min(VERSION_BYTES);
+    if offset == 0 || len == 0 {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
+    read_at(kernel, first, &mut bytes)?;
+    let end = bytes.iter().position(|byte| *byte == 0);
+    Ok(end.map(|end| String::from_utf8_lossy(&bytes[..end]).into_owned()).filter(|text| !text.is_empty()))
+}
+
 /// What to write into the command line for a virtio device with its window of 4 KiB at this address, and this
 /// interrupt.
 #[must_use]
@@ -273,6 +336,8 @@ impl Loaded {
 /// An image whose header was checked.
 struct Image {
     header: setup_header,
+    /// Bytes of the part for real mode.
+    setup_bytes: u64,
     /// Bytes of the kernel without the part for real mode.
     kernel_bytes: u64,
 }
@@ -287,7 +352,7 @@ impl Image {
         if have < need {
             return Err(LoadError::Truncated { have, need });
         }
-        Ok(Self { header, kernel_bytes: have - setup_bytes })
+        Ok(Self { header, setup_bytes, kernel_bytes: have - setup_bytes })
     }
 
     /// Where the kernel goes.
@@ -320,22 +385,26 @@ impl Image {
 }
 
 fn read_header<K: ReadVolatile + Seek>(kernel: &mut K, have: u64) -> Result<setup_header, LoadError> {
-    let failed = |source| LoadError::Read { file: "kernel's image", source };
     let mut header = setup_header::default();
     let bytes = header.as_mut_slice();
     let need = HEADER + u64::try_from(bytes.len()).unwrap_or(u64::MAX);
     if have < need {
         return Err(LoadError::Truncated { have, need });
     }
-    kernel.seek(SeekFrom::Start(HEADER)).map_err(failed)?;
-    kernel
-        .read_exact_volatile(&mut VolatileSlice::from(&mut *bytes))
-        .map_err(|error| failed(io::Error::other(error)))?;
+    read_at(kernel, HEADER, bytes)?;
     // Older headers are shorter, and what follows is code.
     let end = HEADER_JUMP + usize::from(bytes.get(HEADER_JUMP - 1).copied().unwrap_or_default());
     bytes.iter_mut().skip(end).for_each(|byte| *byte = 0);
     check_header(&header)?;
     Ok(header)
+}
+
+fn read_at(kernel: &mut (impl ReadVolatile + Seek), place: u64, bytes: &mut [u8]) -> Result<(), LoadError> {
+    let failed = |source| LoadError::Read { file: "kernel's image", source };
+    kernel.seek(SeekFrom::Start(place)).map_err(failed)?;
+    kernel
+        .read_exact_volatile(&mut VolatileSlice::from(bytes))
+        .map_err(|error| failed(io::Error::other(error)))
 }
 
 fn check_header(header: &setup_header) -> Result<(), LoadError> {
@@ -396,7 +465,7 @@ fn load_initrd<I: ReadVolatile + Seek>(
 }
 
 /// The highest page from 1 MiB on with `len` bytes of memory that end below `most` and are not in `taken`.
-fn highest(memory: &GuestMemory, len: u64, most: u64, taken: std::ops::Range<u64>) -> Option<u64> {
+fn highest(memory: &GuestMemory, len: u64, most: u64, taken: Range<u64>) -> Option<u64> {
     let mut best = None;
     for (first, slot_len) in memory.slots() {
         // Below the end of the slot, or below what is taken.

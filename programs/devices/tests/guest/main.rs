@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is the test's failure")]
 #![forbid(unsafe_code)]
 
+mod described;
 #[path = "../../src/rig/disk_driver.rs"]
 mod disk_driver;
 mod entry;
