@@ -33,6 +33,7 @@ pub(crate) enum Command {
     Report(Report),
     Stop(Stop),
     Console(Console),
+    Check(Check),
     Completions(Completions),
     Man(Man),
 }
@@ -301,6 +302,34 @@ Exit code besides: 128 and the number of a signal that ended it."))]
 pub(crate) struct Console {
     /// The machine.
     pub(crate) name: String,
+}
+
+/// Says whether this host can carry its machines through a kexec, into the next kernel.
+///
+/// Linux 6.19 and later hand open files over to the next kernel (/dev/liveupdate), and with them machines' memory. This looks at all that
+/// it takes, says what is missing and what to do about it; it changes nothing, but opens /dev/liveupdate for a moment.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit code: 0 if they can be carried, perhaps with warnings, 1 if not, 2 for a wrong command line.
+
+Example: tideover check --kernel /boot/vmlinuz-7.3 --initrd /boot/initrd.img-7.3
+    tideover check --json web1 | jq -r '.findings[] | select(.level != \"ok\") | .found'")]
+pub(crate) struct Check {
+    /// The machines [default: all of this user's].
+    #[arg(value_name = "MACHINE")]
+    pub(crate) machines: Vec<String>,
+    /// The kernel that is to be booted, a bzImage.
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Its initial RAM disk.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// Its command line [default: that of the kernel that runs].
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub(crate) cmdline: Option<String>,
+    /// Give what was found as JSON (schema: docs/check.schema.json).
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Writes a completion script for a shell to standard output.

@@ -9,6 +9,7 @@ macro_rules! complain {
     }};
 }
 
+mod check;
 mod cli;
 mod console;
 mod demo;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         cli::Command::Report(arguments) => report::report(&arguments),
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
         cli::Command::Console(arguments) => console::console(&arguments),
+        cli::Command::Check(arguments) => check::check(&arguments),
         cli::Command::Completions(arguments) => pages::completions(&arguments),
         cli::Command::Man(arguments) => pages::man(&arguments),
     })

@@ -1,6 +1,8 @@
 //! The demo does what its help and its schema say.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+mod schema;
+
 use std::collections::BTreeSet;
 use std::process::Command;
 use std::process::Output;
@@ -18,47 +20,8 @@ fn demo_json(arguments: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// Checks a value against the part of JSON Schema that the demo's schema uses.
-fn check(schema: &Value, value: &Value, path: &str) {
-    let kind = match value {
-        Value::Null => "null",
-        Value::Bool(_) => "boolean",
-        Value::Number(number) if number.is_u64() => "integer",
-        Value::Number(_) => "number",
-        Value::String(_) => "string",
-        Value::Array(_) => "array",
-        Value::Object(_) => "object",
-    };
-    let fits = |allowed: &str| allowed == kind || (allowed == "number" && kind == "integer");
-    match &schema["type"] {
-        Value::String(allowed) => assert!(fits(allowed), "{path} is {kind}, not {allowed}"),
-        Value::Array(list) => {
-            assert!(list.iter().any(|allowed| fits(allowed.as_str().unwrap())), "{path} is {kind}")
-        }
-        _ => assert!(schema["enum"].as_array().unwrap().contains(value), "{path} is {value}"),
-    }
-    if let Value::Array(items) = value {
-        items
-            .iter()
-            .enumerate()
-            .for_each(|(index, item)| check(&schema["items"], item, &format!("{path}[{index}]")));
-    }
-    let Value::Object(fields) = value else { return };
-    let Some(known) = schema["properties"].as_object() else {
-        fields.iter().for_each(|(name, field)| {
-            check(&schema["additionalProperties"], field, &format!("{path}.{name}"))
-        });
-        return;
-    };
-    let names: BTreeSet<&String> = fields.keys().collect();
-    assert_eq!(names, known.keys().collect(), "{path}");
-    assert_eq!(schema["required"].as_array().unwrap().len(), known.len(), "{path}");
-    fields.iter().for_each(|(name, field)| check(&known[name], field, &format!("{path}.{name}")));
-}
-
 fn check_result(result: &Value, updates: usize, memory_bytes: u64) {
-    let schema: Value = serde_json::from_str(include_str!("../../../docs/demo.schema.json")).unwrap();
-    check(&schema, result, "result");
+    schema::check(include_str!("../../../docs/demo.schema.json"), result);
     assert_eq!(result["verified"], true);
     assert_eq!(result["memory_bytes"], memory_bytes);
     assert_eq!((&result["pages_lost"], &result["guest_errors"]), (&0.into(), &0.into()));

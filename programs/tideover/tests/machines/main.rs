@@ -1,6 +1,7 @@
 //! The verbs on machines that have a name, as their user has them.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+mod check;
 mod confined;
 mod console;
 mod devices;
@@ -9,6 +10,8 @@ mod disk_driver;
 mod ended;
 mod host;
 mod kernel;
+#[path = "../schema/mod.rs"]
+mod schema;
 
 use std::process::Command;
 use std::process::Stdio;
