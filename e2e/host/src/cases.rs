@@ -1,5 +1,6 @@
 //! The cases.
 
+mod check;
 mod demo;
 mod device;
 mod kexec;
@@ -25,6 +26,7 @@ pub(crate) enum Then {
 type Case = fn(&Life) -> anyhow::Result<Then>;
 
 const CASES: &[(&str, Case)] = &[
+    ("check", check::run),
     ("demo", demo::run),
     ("device", device::run),
     ("kexec", kexec::one),

@@ -42,7 +42,8 @@ fn command(arguments: &[&str]) -> Command {
     command
 }
 
-fn output(arguments: &[&str]) -> anyhow::Result<Output> {
+/// Runs a verb, and gives what it says and how it ends.
+pub(crate) fn output(arguments: &[&str]) -> anyhow::Result<Output> {
     command(arguments).output().with_context(|| format!("cannot run {PROGRAM}"))
 }
 

@@ -31,6 +31,7 @@ impl Case {
 }
 
 pub(crate) const CASES: &[Case] = &[
+    Case::new("check", "what check finds, before and after a kexec", 1024, 240),
     Case::new("demo", "the demo by both carriers (updates=2)", 1024, 120),
     Case::new("device", "what /dev/liveupdate answers", 768, 60).in_ci(),
     Case::new("kexec", "a machine lives through two kernels", 1024, 240).in_ci(),
