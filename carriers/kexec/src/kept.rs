@@ -3,23 +3,18 @@
 use std::io;
 use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use abi::Malformed;
-use abi::arena::OWNERSHIP_ADDRESS;
 use abi::arena::OwnershipState;
 use fdpass::Channel;
 use liveupdate::Incoming;
 use liveupdate::RetrieveError;
 use liveupdate::Unfinished;
 use machine::OwnershipWord;
-use machine::ownership::Ownership;
+use machine::ownership::OwnershipError;
 use machine::update::Step;
-use region::Mapping;
 use region::OutOfRange;
-use region::Region;
 use region::RegionError;
-use region::liveness;
 use region::liveness::LivenessError;
 use socket::Custody;
 use socket::Passed;
@@ -31,8 +26,10 @@ use crate::FIRST_REGION_TOKEN;
 use crate::NOTE_TOKEN;
 use crate::Note;
 use crate::NoteError;
+use crate::Standing;
 use crate::When;
 use crate::note;
+use crate::standing::Regions;
 
 /// Why a machine's memory was not retrieved, or cannot be used.
 #[derive(Debug, Error)]
@@ -67,6 +64,9 @@ pub enum KeptError {
     /// The ownership word is none.
     #[error("nobody can tell who owns the machine")]
     Ownership(#[source] Malformed),
+    /// The machine runs, or was never sealed: no claim can be revoked.
+    #[error("no claim of the machine can be revoked")]
+    Revoke(#[source] OwnershipError),
     /// Whether a process lives is not known.
     #[error("cannot tell whether the machine's owner is alive")]
     Liveness(#[source] LivenessError),
@@ -75,22 +75,12 @@ pub enum KeptError {
     Copy(#[source] io::Error),
 }
 
-/// How a machine stands that came through a kexec.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
-    /// Sealed, or claimed by a process that is dead (its word): it can be passed on.
-    Ready {
-        /// Epoch of the seal.
-        sealed: u32,
-        /// The dead one's claim.
-        claimed: Option<OwnershipWord>,
-    },
-    /// A process has claimed or runs it, and lives.
-    Taken(OwnershipWord),
-    /// It was not sealed when the kernel went: its vCPUs' state is lost, and its memory whole.
-    NeverSealed,
-    /// It ran under this kernel, and the process that ran it is dead: its memory is later than its state.
-    RanOn,
+impl KeptError {
+    /// Somebody else was faster: the machine runs.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        matches!(self, Self::Revoke(OwnershipError::Lost(lost)) if lost.found.state() == OwnershipState::Running)
+    }
 }
 
 /// A machine's session and its note: what it takes to have the rest is known, and nothing of it is here.
@@ -139,9 +129,10 @@ impl Found {
             self.session.retrieve(token).map_err(|source| KeptError::Region { index, source })
         };
         match (0..self.note.regions.len()).map(retrieve).collect() {
-            Ok(regions) => {
+            Ok(fds) => {
                 self.when.now("retrieved");
                 let Self { session, note, when } = self;
+                let regions = Regions { fds };
                 Ok(Kept { session, note, regions, when })
             }
             Err(error) => Err(Box::new((self, error))),
@@ -156,7 +147,7 @@ impl Found {
 pub struct Kept {
     session: Incoming,
     note: Note,
-    regions: Vec<OwnedFd>,
+    regions: Regions,
     when: When,
 }
 
@@ -176,29 +167,17 @@ impl Kept {
     /// # Errors
     /// [`KeptError`]
     pub fn standing(&self) -> Result<Standing, KeptError> {
-        let region0 = self.region0()?;
-        let word = region0.word(OWNERSHIP_ADDRESS).map_err(KeptError::TooSmall)?;
-        let word = Ownership::new(word).read().map_err(KeptError::Ownership)?;
-        let lives = || liveness::is_held(region0.region(), word.nonce().get()).map_err(KeptError::Liveness);
-        let sealed = self.note.sealed.as_ref().map(|sealed| sealed.epoch);
-        Ok(match (word.state(), sealed) {
-            (OwnershipState::Sealed, _) => Standing::Ready { sealed: word.epoch(), claimed: None },
-            (_, None) => Standing::NeverSealed,
-            // As it was when its predecessor sealed it, or before.
-            (OwnershipState::Running, Some(sealed)) if word.epoch() <= sealed => Standing::NeverSealed,
-            (_, Some(_)) if lives()? => Standing::Taken(word),
-            (OwnershipState::Claimed, Some(sealed)) => Standing::Ready { sealed, claimed: Some(word) },
-            (OwnershipState::Running, Some(_)) => Standing::RanOn,
-        })
+        self.regions.standing(&self.note)
     }
 
-    fn region0(&self) -> Result<Arc<Mapping>, KeptError> {
-        let (Some(fd), Some(len_bytes)) = (self.regions.first(), self.note.regions.first()) else {
-            return Err(KeptError::TooMany { regions: 0 });
-        };
-        let fd = fd.try_clone().map_err(KeptError::Copy)?;
-        let region = Region::accept("metadata", fd, *len_bytes).and_then(Region::map);
-        Ok(Arc::new(region.map_err(KeptError::Map)?))
+    /// Takes the machine from whoever has claimed it or is about to, and does not run it yet: it never will under
+    /// that claim. The machine stands [ready](Standing::Ready) then, claimed by nobody who lives. Whoever was to run it may
+    /// still write to its memory: end that one before another begins.
+    ///
+    /// # Errors
+    /// [`KeptError`], of which the one that [is lost](KeptError::is_lost) says that the machine runs.
+    pub fn revoke(&self) -> Result<(), KeptError> {
+        self.regions.revoke(&self.note)
     }
 
     /// Gives the machine, which has to [stand](Self::standing) ready, to the successor at the other end of `channel`. `vmm`
@@ -214,7 +193,8 @@ impl Kept {
         timeouts: Timeouts,
         told: &mut dyn FnMut(Step),
     ) -> Result<Passed, Reason> {
-        let regions = self.regions.iter().map(OwnedFd::as_fd).zip(self.note.regions.iter().copied());
+        let fds = self.regions.fds.iter().map(OwnedFd::as_fd);
+        let regions = fds.zip(self.note.regions.iter().copied());
         let custody = Custody {
             identity: self.note.identity.clone(),
             formats: self.note.formats.clone(),

@@ -21,6 +21,7 @@ mod index;
 mod kept;
 mod leaving;
 mod note;
+mod standing;
 mod when;
 
 use liveupdate::Name;
@@ -34,7 +35,6 @@ pub use index::Listed;
 pub use kept::Found;
 pub use kept::Kept;
 pub use kept::KeptError;
-pub use kept::Standing;
 pub use leaving::LeaveError;
 pub use leaving::Leaving;
 pub use leaving::LostError;
@@ -43,6 +43,7 @@ pub use leaving::Preserved;
 pub use note::Note;
 pub use note::NoteError;
 pub use note::Sealed;
+pub use standing::Standing;
 pub use when::When;
 
 /// What this carrier can do.
