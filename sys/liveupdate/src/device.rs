@@ -88,7 +88,7 @@ pub enum CreateError {
 #[derive(Debug, Error)]
 pub enum FindError {
     /// The kernel before left none of this name, or it is finished and closed.
-    #[error("the kernel before left no session {name}")]
+    #[error("the kernel before left no session {name}, or it is finished")]
     Absent {
         /// The name.
         name: Name,
