@@ -590,6 +590,9 @@ impl Client {
     pub fn into_console(self) -> anyhow::Result<Channel> {
         match self.ask(&Request::Console, &mut |_, _, _| {})? {
             Answer::Console => Ok(self.channel),
+            Answer::Held(held) => {
+                bail!("{} is held since a kexec, and does not run: {}", held.name, held.why)
+            }
             other => bail!("unexpected answer to console: {other:?}"),
         }
     }

@@ -6,12 +6,12 @@
 use std::fs;
 use std::fs::DirBuilder;
 use std::fs::OpenOptions;
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::Path;
 use std::path::PathBuf;
 use std::process;
 use std::process::Stdio;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -44,14 +44,24 @@ use crate::control::Held;
 use crate::control::KexecReport;
 use crate::control::Request;
 use crate::measure;
+use crate::room;
+use crate::room::Room;
 use crate::serve::Told;
 
-/// Where groups of processes are.
-const CGROUPS: &str = "/sys/fs/cgroup";
-/// How long a request may take to come, once somebody is connected.
+/// How long what is to be held may take to come, once it is due.
 const REQUEST: Duration = Duration::from_secs(5);
+/// Connections that a holder has at a time.
+const MAX_CLIENTS: usize = 64;
+/// How long a holder may take to be there: its host may have much to do at once.
+const START: Duration = Duration::from_secs(60);
 /// How long a VMM may take to say what becomes of it when its channel is closed.
 const DEATH: Duration = Duration::from_millis(500);
+/// How long a VMM may take that has claimed the machine, and that this process did not start.
+const CLAIM: Duration = Duration::from_secs(10);
+/// How often to look whether something has come that there is no call to wait for.
+const LOOK: Duration = Duration::from_millis(100);
+/// How often to try again what does not work.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What a holder is told, with the descriptor of the machine's session.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -68,6 +78,8 @@ pub struct Hold {
     pub log: Option<PathBuf>,
 }
 
+/// What a holder says first: it is on its own from here on.
+const READY: &str = "holder ready";
 /// What a holder says when it has all of the machine's memory.
 const RETRIEVED: &str = "memory retrieved";
 
@@ -78,6 +90,8 @@ const RETRIEVED: &str = "memory retrieved";
 /// If the machine cannot be held.
 pub fn hold() -> anyhow::Result<()> {
     let channel = Channel::from_stdin().context("a holder is started with a channel as standard input")?;
+    spare_this_process();
+    control::send(&channel, &Answer::Progress { what: READY.to_owned(), done: 0, of: 2 })?;
     let message = channel.receive(MAX_MESSAGE_BYTES, 1, Deadline::after(REQUEST));
     let message = message.context("nobody says what is to be held")?;
     let told: Hold = serde_json::from_slice(&message.bytes).context("cannot read what is to be held")?;
@@ -94,8 +108,26 @@ pub fn hold() -> anyhow::Result<()> {
             let why = format!("{error:#}");
             tell(&channel, &Answer::Held(holder.held(&why)));
             drop(channel);
-            holder.wait(why)
+            holder.wait(why);
+            Ok(())
         }
+    }
+}
+
+/// The score by which the kernel chooses whom to end when memory runs out.
+const SCORE: &str = "oom_score_adj";
+
+/// Has the kernel end others first when memory runs out, if this process may say so: its end is the machine's.
+fn spare_this_process() {
+    if let Err(error) = fs::write(format!("/proc/self/{SCORE}"), "-1000") {
+        debug!(%error, "this process is ended as any other when memory runs out");
+    }
+}
+
+/// A VMM is to be ended as any other.
+fn spare_no_vmm(pid: u32) {
+    if let Err(error) = fs::write(format!("/proc/{pid}/{SCORE}"), "0") {
+        debug!(%error, "the VMM keeps its holder's score");
     }
 }
 
@@ -118,65 +150,29 @@ enum State {
 
 impl State {
     /// Goes on to the next state, or stays, and says why.
-    fn advance(self) -> (Self, anyhow::Result<()>) {
+    fn advance(self, told: &Hold) -> (Self, anyhow::Result<()>) {
         match self {
             Self::Session(session) => match Found::read(session) {
                 Ok(found) => (Self::Found(found), Ok(())),
                 Err(failed) => (Self::Session(failed.0), Err(failed.1.into())),
             },
             Self::Found(found) => {
-                if let Err(error) = join_cgroup(found.note()) {
+                if let Err(error) = room::join_cgroup(found.note()) {
                     warn!(error = &*error, "the machine is not in its own cgroup");
                 }
-                if let Err(error) = check_room(found.note()) {
-                    return (Self::Found(found), Err(error));
-                }
-                match found.retrieve() {
+                // Nobody else takes the room that was found until the memory is here.
+                let room = match Room::take(found.note(), told.socket.parent()) {
+                    Ok(room) => room,
+                    Err(error) => return (Self::Found(found), Err(error)),
+                };
+                let retrieved = match found.retrieve() {
                     Ok(kept) => (Self::Kept(kept), Ok(())),
                     Err(failed) => (Self::Found(failed.0), Err(failed.1.into())),
-                }
+                };
+                drop(room);
+                retrieved
             }
             kept @ Self::Kept(_) => (kept, Ok(())),
-        }
-    }
-}
-
-fn join_cgroup(note: &Note) -> anyhow::Result<()> {
-    let Some(cgroup) = note.cgroup.as_deref().filter(|cgroup| *cgroup != "/") else { return Ok(()) };
-    let folder = cgroup_folder(cgroup)?;
-    let procs = folder.join("cgroup.procs");
-    fs::write(&procs, process::id().to_string()).with_context(|| format!("cannot join {}", folder.display()))
-}
-
-/// A name that came through a kexec leads nowhere else than below the file system of cgroups.
-fn cgroup_folder(cgroup: &str) -> anyhow::Result<PathBuf> {
-    let relative = Path::new(cgroup.trim_start_matches('/'));
-    let plain = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
-    if !plain {
-        bail!("`{}` is no cgroup", cgroup.escape_debug());
-    }
-    Ok(Path::new(CGROUPS).join(relative))
-}
-
-/// Refuses what the cgroup could only answer by failing: a file that the kernel fails to give is lost.
-fn check_room(note: &Note) -> anyhow::Result<()> {
-    let wanted: u64 = note.regions.iter().sum();
-    let list = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let Some(own) = list.lines().find_map(|line| line.strip_prefix("0::")) else { return Ok(()) };
-    let Ok(mut folder) = cgroup_folder(own) else { return Ok(()) };
-    loop {
-        let number = |file: &str| fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u64>().ok();
-        if let (Some(max), Some(current)) = (number("memory.max"), number("memory.current"))
-            && max.saturating_sub(current) < wanted
-        {
-            bail!(
-                "the machine needs {wanted} bytes, and its cgroup {} may have {max}, of which {current} are used: raise \
-                 memory.max and try again",
-                folder.display()
-            );
-        }
-        if folder == Path::new(CGROUPS) || !folder.pop() {
-            return Ok(());
         }
     }
 }
@@ -195,7 +191,7 @@ impl Holder {
     fn kept(&mut self) -> anyhow::Result<&Kept> {
         while let Some(State::Session(_) | State::Found(_)) = &self.state {
             let Some(state) = self.state.take() else { break };
-            let (state, advanced) = state.advance();
+            let (state, advanced) = state.advance(&self.told);
             self.state = Some(state);
             advanced?;
         }
@@ -207,19 +203,13 @@ impl Holder {
 
     /// Has a VMM run the machine. Gives its report, unless it could not tell.
     fn revive(&mut self, channel: &Channel) -> anyhow::Result<Option<KexecReport>> {
-        let standing = self.kept()?.standing()?;
+        let standing = settled(self.kept()?)?;
         tell(channel, &Answer::Progress { what: RETRIEVED.to_owned(), done: 1, of: 2 });
         let (sealed, claimed) = match standing {
             Standing::Ready { sealed, claimed } => (sealed, claimed),
-            Standing::Taken(word) => {
-                bail!("a process has the machine and lives: its ownership word is {word:?}")
-            }
-            Standing::NeverSealed => bail!(
-                "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
-            ),
-            Standing::RanOn => bail!(
-                "the machine ran under this kernel, and its VMM has died: its memory is later than its vCPUs' state"
-            ),
+            // Of a holder before this one.
+            Standing::Taken(word) if word.state() == OwnershipState::Running => return Ok(None),
+            standing => bail!("{}", not_ready(standing)),
         };
         let kept = match &self.state {
             Some(State::Kept(kept)) => kept,
@@ -228,17 +218,17 @@ impl Holder {
         run(kept, &self.told, (sealed, claimed)).or_else(|error| match kept.standing() {
             // It has the machine, though it could not say so.
             Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running => Ok(None),
-            _ => Err(error),
+            Ok(Standing::Ready { .. }) | Err(_) => Err(error),
+            Ok(standing) => Err(error.context(not_ready(standing))),
         })
     }
 
     /// Waits for somebody who wants to have it tried again, or given up.
-    fn wait(mut self, mut why: String) -> anyhow::Result<()> {
-        loop {
-            let path = &self.told.socket;
-            let listener =
-                Listener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
-            let (channel, request) = next(&listener)?;
+    fn wait(mut self, mut why: String) {
+        let mut clients = Vec::new();
+        let mut listening = None;
+        while let Some(listener) = listening.take().or_else(|| self.listen()) {
+            let Some((channel, request)) = next(&listener, &mut clients) else { continue };
             match request {
                 Request::Revive { program } => {
                     // The VMM is to have the path.
@@ -247,8 +237,7 @@ impl Holder {
                     match self.revive(&channel) {
                         Ok(report) => {
                             tell(&channel, &Answer::Report(report.map(Box::new)));
-                            self.end();
-                            return Ok(());
+                            break;
                         }
                         Err(error) => why = format!("{error:#}"),
                     }
@@ -256,11 +245,39 @@ impl Holder {
                 }
                 Request::Stop => {
                     tell(&channel, &Answer::Stopped);
-                    self.end();
-                    return Ok(());
+                    break;
                 }
-                _ => tell(&channel, &Answer::Held(self.held(&why))),
+                _ => {
+                    tell(&channel, &Answer::Held(self.held(&why)));
+                    listening = Some(listener);
+                }
             }
+            clients.push(channel);
+        }
+        self.end();
+    }
+
+    /// Listens at the machine's socket, however long it takes to get there: an end of this process would be the
+    /// machine's. `None` if it has come to run meanwhile.
+    fn listen(&self) -> Option<Listener> {
+        let mut said = None;
+        loop {
+            if let Some(State::Kept(kept)) = &self.state
+                && runs(kept)
+            {
+                return None;
+            }
+            let made = self.told.make_directory();
+            let bound = made.and_then(|()| Ok(Listener::bind(&self.told.socket)?));
+            let error = match bound {
+                Ok(listener) => return Some(listener),
+                Err(error) => format!("{error:#}"),
+            };
+            if said.as_ref() != Some(&error) {
+                warn!(error, "nobody can come to the machine's socket");
+                said = Some(error);
+            }
+            thread::sleep(AGAIN);
         }
     }
 
@@ -278,6 +295,50 @@ impl Holder {
     }
 }
 
+impl Hold {
+    /// The directory may be another one in this life, or none.
+    fn make_directory(&self) -> anyhow::Result<()> {
+        let Some(folder) = self.socket.parent() else { return Ok(()) };
+        let made = DirBuilder::new().mode(0o700).recursive(true).create(folder);
+        made.with_context(|| format!("cannot make the directory {}", folder.display()))
+    }
+}
+
+/// Why nobody can run it who begins now.
+fn not_ready(standing: Standing) -> String {
+    match standing {
+        Standing::Ready { .. } => "the machine can run".to_owned(),
+        Standing::Taken(word) => format!(
+            "a process has claimed the machine, lives, and does not run it: end that one first (its ownership word is {word:?})"
+        ),
+        Standing::NeverSealed => {
+            "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
+                .to_owned()
+        }
+        Standing::RanOn => {
+            "the machine ran under this kernel, and its VMM has died: its memory is later than its vCPUs' state".to_owned()
+        }
+    }
+}
+
+/// How the machine stands once a claimant that another holder has left behind has gone on, or has died.
+fn settled(kept: &Kept) -> anyhow::Result<Standing> {
+    let until = Deadline::after(CLAIM);
+    loop {
+        match kept.standing()? {
+            Standing::Taken(word) if word.state() == OwnershipState::Claimed && !until.has_passed() => {
+                thread::sleep(LOOK);
+            }
+            standing => return Ok(standing),
+        }
+    }
+}
+
+/// A process runs the machine, and lives.
+fn runs(kept: &Kept) -> bool {
+    matches!(kept.standing(), Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running)
+}
+
 /// Starts a VMM and gives it the machine.
 fn run(kept: &Kept, hold: &Hold, seal: (u32, Option<OwnershipWord>)) -> anyhow::Result<Option<KexecReport>> {
     let note = kept.note();
@@ -285,17 +346,15 @@ fn run(kept: &Kept, hold: &Hold, seal: (u32, Option<OwnershipWord>)) -> anyhow::
         serde_json::from_value(note.vmm.clone()).context("cannot read what the machine's last VMM tells")?;
     // The directory may be another one in this life.
     vmm.spec.socket = Some(hold.socket.clone());
-    if let Some(folder) = hold.socket.parent() {
-        let made = DirBuilder::new().mode(0o700).recursive(true).create(folder);
-        made.with_context(|| format!("cannot make the directory {}", folder.display()))?;
-    }
+    hold.make_directory()?;
     let crossing = vmm.crossing.get_or_insert_default();
     let sealed = note.sealed.as_ref().map(|sealed| &sealed.when);
     let whens = [sealed, Some(&hold.when), Some(kept.when())].into_iter().flatten();
     whens.for_each(|when| crossing.when.extend(when));
     let (channel, mut started) = start(note, hold, vmm.spec.confine)?;
+    spare_no_vmm(started.pid());
     let mut step = |step: Step| debug!(%step, "holder");
-    match kept.pass_on(&channel, seal, serde_json::to_value(vmm)?, Timeouts::default(), &mut step) {
+    match kept.pass_on(&channel, seal, serde_json::to_value(vmm)?, timeouts(note), &mut step) {
         Ok(passed) => {
             started.let_go();
             let told: measure::Told = serde_json::from_value(passed.vmm).unwrap_or_default();
@@ -305,14 +364,26 @@ fn run(kept: &Kept, hold: &Hold, seal: (u32, Option<OwnershipWord>)) -> anyhow::
             drop(channel);
             let ended = started.ended(DEATH);
             let ended = ended.map_or(String::new(), |status| format!(" (its program ended: {status})"));
-            // One that runs the machine is not to be killed for its silence.
-            match kept.standing() {
-                Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running => started.let_go(),
-                _ => {}
+            // One that runs the machine is not to be killed for its silence. Any other cannot run it from here on, however late
+            // it goes on.
+            match kept.revoke() {
+                Err(error) if error.is_lost() => started.let_go(),
+                Err(error) => {
+                    warn!(error = &error as &dyn std::error::Error, "the machine's claim stands");
+                    drop(started);
+                }
+                Ok(()) => drop(started),
             }
             bail!("{:#}{ended}", anyhow::Error::new(reason))
         }
     }
+}
+
+/// How long a VMM may take. It enters all of the memory's pages before it is ready.
+fn timeouts(note: &Note) -> Timeouts {
+    let whole: u64 = note.regions.iter().sum();
+    let default = Timeouts::default();
+    Timeouts { prepare: default.prepare + Duration::from_secs(whole >> 30), ..default }
 }
 
 fn start(note: &Note, hold: &Hold, confine: Confine) -> anyhow::Result<(Channel, Started)> {
@@ -324,16 +395,53 @@ fn start(note: &Note, hold: &Hold, confine: Confine) -> anyhow::Result<(Channel,
     Ok(program.start_with(words, Stdio::null(), log.map_or_else(Stdio::inherit, Stdio::from))?)
 }
 
-fn next(listener: &Listener) -> anyhow::Result<(Channel, Request)> {
+/// Who asks for something, of those who have come or come now; `None` if nobody can come here any more.
+fn next(listener: &Listener, clients: &mut Vec<Channel>) -> Option<(Channel, Request)> {
     loop {
-        let channel = listener.accept(Deadline::never()).context("nobody can come")?;
-        if channel.require_same_user().is_err() {
+        let fds: Vec<_> = clients.iter().map(AsFd::as_fd).chain([listener.as_fd()]).collect();
+        let place = match fdpass::ready(&fds, Deadline::never()) {
+            Ok(ready) => ready.first().copied()?,
+            Err(error) => {
+                warn!(%error, "cannot wait for who comes");
+                thread::sleep(AGAIN);
+                return None;
+            }
+        };
+        if place == clients.len() {
+            accept(listener, clients);
             continue;
         }
-        match control::receive(&channel, Deadline::after(REQUEST)) {
-            Ok(Some(request)) => return Ok((channel, request)),
-            other => debug!(?other, "somebody came and asked for nothing"),
+        let channel = clients.remove(place);
+        match control::receive(&channel, Deadline::after(Duration::ZERO)) {
+            Ok(Some(request)) => return Some((channel, request)),
+            other => debug!(?other, "somebody asks for nothing any more"),
         }
+    }
+}
+
+fn accept(listener: &Listener, clients: &mut Vec<Channel>) {
+    match listener.accept(Deadline::after(Duration::ZERO)) {
+        Ok(channel) if channel.require_same_user().is_ok() => {
+            // Whoever has been silent for longest makes room.
+            clients.drain(..clients.len().saturating_sub(MAX_CLIENTS - 1));
+            clients.push(channel);
+        }
+        Ok(_) => {}
+        Err(error) => {
+            debug!(%error, "somebody did not stay");
+            thread::sleep(LOOK);
+        }
+    }
+}
+
+/// Waits until a holder that was started is on its own: nobody ends it by ending who started it, from then on.
+///
+/// # Errors
+/// If it does not come as far.
+pub fn await_ready(channel: &Channel) -> anyhow::Result<()> {
+    match control::receive(channel, Deadline::after(START)).context("the holder says nothing")? {
+        Some(Answer::Progress { what, .. }) if what == READY => Ok(()),
+        other => bail!("unexpected first word of a holder: {other:?}"),
     }
 }
 

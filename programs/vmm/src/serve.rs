@@ -197,7 +197,9 @@ impl Vmm {
             Request::Check => self.check(client),
             Request::Pause => self.pause(),
             Request::Preserve => return self.preserve(client, fd),
-            Request::Seal | Request::GoOn => Answer::Error("the machine is not preserved".to_owned()),
+            Request::Seal => Answer::Error("the machine is not preserved".to_owned()),
+            // It does already, since something went wrong.
+            Request::GoOn => Answer::WentOn { pause_us: None },
             Request::Revive { .. } => {
                 Answer::Error("the machine runs: there is nothing to revive".to_owned())
             }
