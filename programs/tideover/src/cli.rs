@@ -40,8 +40,9 @@ pub(crate) enum Command {
 
 /// How every verb on a machine ends.
 const EXIT_CODES: &str = "\
-Exit code: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if there is no such machine, 4 if an update was called
-off and the guest runs on as before, 5 if the guest crashed.";
+Exit code: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if there is no such machine, 4 if an update or
+a kexec was called off and the guests run on as before, 5 if the guest crashed, 6 if a machine came through a kexec and is
+held, as it could not run.";
 
 fn after(example: &str) -> String {
     format!("{EXIT_CODES}\n\nExample: {example}")

@@ -29,6 +29,7 @@ use serde_json::json;
 use crate::cli;
 use crate::machines;
 use crate::progress::Bar;
+use crate::resume::Pending;
 use crate::size;
 use crate::table;
 use crate::verbs;
@@ -49,9 +50,11 @@ const LIVEUPDATE: &str = "liveupdate=on";
 pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     let machines = chosen(arguments)?;
     let command_line = command_line(arguments)?;
+    let device = open_device()?;
+    check_pending(&device, arguments)?;
     let loaded = Loaded::load(arguments, &command_line)?;
     let bar = Bar::new();
-    let left = leave(machines, arguments, &bar);
+    let left = leave(&device, machines, arguments, &bar);
     bar.done();
     // It did not: whoever could not go is told of in the error, and all run on.
     let error = match left {
@@ -65,7 +68,7 @@ pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
 
 /// The machines that go.
 fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
-    let (mut go, mut others) = (Vec::new(), Vec::new());
+    let (mut go, mut others, mut held) = (Vec::new(), Vec::new(), Vec::new());
     for name in machines::names()? {
         let client = match machines::connect(&name) {
             Ok(client) => client.with_patience(LOOK),
@@ -75,8 +78,16 @@ fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
         };
         match client.ask(&Request::Status, &mut |_, _, _| {}).with_context(|| format!("how is {name}?"))? {
             Answer::Status(status) if status.through_kexec => go.push((name, client)),
+            Answer::Held(_) => held.push(name),
             _ => others.push(name),
         }
+    }
+    if !held.is_empty() && !arguments.leave_others {
+        bail!(
+            "{} came through the last kexec, are held, and would end with this kernel: resume or stop them first, or say \
+             --leave-others",
+            held.join(", ")
+        );
     }
     if !others.is_empty() && !arguments.leave_others {
         bail!(
@@ -90,6 +101,21 @@ fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
         );
     }
     Ok(go)
+}
+
+/// Refuses to end machines that this kernel has from the one before it, and that nobody has asked for: they are passed on
+/// to no other.
+fn check_pending(device: &Device, arguments: &cli::Kexec) -> anyhow::Result<()> {
+    let pending = Pending::read(device)?.into_names();
+    let pending: Vec<String> = pending.into_iter().filter(|name| machines::connect(name).is_err()).collect();
+    if !pending.is_empty() && !arguments.leave_others {
+        bail!(
+            "{} came through the last kexec, and would end with this kernel: `tideover resume --all` first, or say \
+             --leave-others",
+            pending.join(", ")
+        );
+    }
+    Ok(())
 }
 
 fn command_line(arguments: &cli::Kexec) -> anyhow::Result<String> {
@@ -182,9 +208,13 @@ impl Leaver {
     fn go_on(mut self) -> anyhow::Result<Option<f64>> {
         self.client.set_patience(GO_ON);
         self.client.tell(&Request::GoOn, None)?;
-        match self.client.answer(&mut |_, _, _| {})? {
-            Answer::WentOn { pause_us } => Ok(pause_us),
-            other => bail!("{}: unexpected answer to go on: {other:?}", self.name),
+        loop {
+            match self.client.answer(&mut |_, _, _| {})? {
+                Answer::WentOn { pause_us } => return Ok(pause_us),
+                // It came too late to be waited for.
+                Answer::Sealed(_) => {}
+                other => bail!("{}: unexpected answer to go on: {other:?}", self.name),
+            }
         }
     }
 }
@@ -193,28 +223,45 @@ impl Leaver {
 ///
 /// # Errors
 /// Whatever keeps them here: then their guests run on.
-fn leave(machines: Vec<(String, Client)>, arguments: &cli::Kexec, bar: &Bar) -> anyhow::Result<Infallible> {
-    let device = open_device()?;
+fn leave(
+    device: &Device,
+    machines: Vec<(String, Client)>,
+    arguments: &cli::Kexec,
+    bar: &Bar,
+) -> anyhow::Result<Infallible> {
     let names = machines.iter().map(|(name, _)| name.clone()).collect();
-    let mut index = Index::preserve(&device, names)?;
-    let mut leavers = preserve_all(&device, machines, arguments.timeout, bar)?;
-    said(&leavers, arguments)?;
-    let left = jump(&mut leavers, &mut index, bar);
+    let mut index = Index::preserve(device, names)?;
+    let (mut leavers, failed) = preserve_all(device, machines, arguments.timeout, bar)?;
+    let left = match failed {
+        None => said(&leavers, arguments).and_then(|()| jump(&mut leavers, &mut index, bar)),
+        Some(error) => Err(error),
+    };
     let error = match left {
         Ok(never) => match never {},
         Err(error) => error,
     };
-    let lost: Vec<String> = leavers
-        .into_iter()
-        .filter_map(|leaver| {
-            let name = leaver.name.clone();
-            leaver.go_on().err().map(|error| format!("{name}: {error:#}"))
-        })
-        .collect();
+    let lost = go_on_all(leavers);
     match lost.is_empty() {
         true => Err(error),
         false => Err(error.context(format!("not all machines say that they run on: {}", lost.join("; ")))),
     }
+}
+
+/// Has all run on at once: one that does not answer keeps no other waiting. Says of which it is not known that it does.
+fn go_on_all(leavers: Vec<Leaver>) -> Vec<String> {
+    thread::scope(|scope| {
+        let go_on = |leaver: Leaver| {
+            let name = leaver.name.clone();
+            let went_on = scope.spawn(move || leaver.go_on());
+            (name, went_on)
+        };
+        let all: Vec<_> = leavers.into_iter().map(go_on).collect();
+        let lost = all.into_iter().filter_map(|(name, thread)| match thread.join() {
+            Ok(went_on) => went_on.err().map(|error| format!("{name}: {error:#}")),
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        lost.collect()
+    })
 }
 
 fn said(leavers: &[Leaver], arguments: &cli::Kexec) -> anyhow::Result<()> {
@@ -229,13 +276,13 @@ fn said(leavers: &[Leaver], arguments: &cli::Kexec) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Has all machines preserved at once.
+/// Has all machines preserved at once. Gives those that are, and why another one is not.
 fn preserve_all(
     device: &Device,
     machines: Vec<(String, Client)>,
     timeout: Duration,
     bar: &Bar,
-) -> anyhow::Result<Vec<Leaver>> {
+) -> anyhow::Result<(Vec<Leaver>, Option<anyhow::Error>)> {
     let of = u64::try_from(machines.len()).unwrap_or(u64::MAX);
     let mut ready = Vec::new();
     for (name, client) in machines {
@@ -258,8 +305,7 @@ fn preserve_all(
             }
             bar.at("preserving", u64::try_from(leavers.len()).unwrap_or(u64::MAX), of);
         }
-        // All others run on as they are dropped.
-        failed.map_or(Ok(leavers), Err)
+        Ok((leavers, failed))
     })
 }
 

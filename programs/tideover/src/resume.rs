@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::process::Stdio;
+use std::time::Duration;
 
 use ::kexec::Index;
 use ::kexec::IndexError;
@@ -17,11 +19,17 @@ use ::vmm::control::KexecReport;
 use ::vmm::control::Request;
 use anyhow::Context as _;
 use anyhow::bail;
+use fdpass::Channel;
 use liveupdate::Device;
 use liveupdate::FindError;
 use liveupdate::Incoming;
+use liveupdate::OpenError;
+use liveupdate::moment::Moment;
 use machine::SessionName;
+use serde::Deserialize;
+use serde::Serialize;
 use socket::Program;
+use socket::Started;
 
 use crate::cli;
 use crate::kexec::open_device;
@@ -35,6 +43,10 @@ const HELD: u8 = 6;
 /// Where it is written down which machines came through a kexec and are still to be had of the kernel, in the directory of
 /// this user's machines.
 const PENDING: &str = "kexec.json";
+/// How many holders a machine may have, one after another, that die.
+const HOLDERS: u32 = 3;
+/// How long whoever has a machine may take to say how it is.
+const LOOK: Duration = Duration::from_secs(5);
 
 pub(crate) fn resume(arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
     let mut when = When::default();
@@ -55,60 +67,120 @@ pub(crate) fn resume(arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
 
 /// A machine that is held is tried again.
 fn revive(name: &str, client: &Client, arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
+    let answer = ask_revive(name, client, arguments);
+    end(vec![(name.to_owned(), answer)], arguments)
+}
+
+fn ask_revive(name: &str, client: &Client, arguments: &cli::Resume) -> anyhow::Result<Answer> {
     let bar = Bar::new();
     bar.say("starting the guest");
-    let request = Request::Revive { program: arguments.program.clone() };
-    let answer = client.ask(&request, &mut |what, done, of| bar.at(what, done, of));
+    // Its holder looks for it where it lies from there.
+    let program = arguments.program.as_deref().map(std::path::absolute).transpose()?;
+    let request = Request::Revive { program };
+    let answer = client.ask(&request, &mut |what, done, of| bar.at(&format!("{name}: {what}"), done, of));
     bar.done();
-    end(vec![(name.to_owned(), answer)], arguments)
+    answer
 }
 
 /// A machine that the kernel has, if it does. `absent` says that there is none.
 fn one(name: &str, arguments: &cli::Resume, when: When, absent: anyhow::Error) -> anyhow::Result<ExitCode> {
     // Without the device no machine can have come through a kexec.
-    let Ok(device) = open_device() else { return Err(absent) };
+    let device = match open_device() {
+        Ok(device) => device,
+        Err(OpenError::Absent | OpenError::Denied(_)) => return Err(absent),
+        Err(error) => bail!("{absent:#}; nor can the kernel be asked whether it has one: {error}"),
+    };
     let mut pending = Pending::read(&device)?;
-    match begin(&device, name, &pending, when, arguments.program.clone()) {
+    let ready = Ready::start(name, &pending.listed, when, arguments.program.clone())?;
+    let begun = ready.begin(&device);
+    if begun.as_ref().map_or_else(is_final, |_| true) {
+        pending.listed.machines.retain(|other| other != name);
+        pending.write()?;
+    }
+    match begun {
         Ok(begun) => {
-            pending.listed.machines.retain(|other| other != name);
-            pending.write()?;
+            drop(device);
             end(await_all(vec![begun]), arguments)
         }
-        Err(error) if matches!(error.downcast_ref(), Some(FindError::Absent { .. })) => Err(absent),
+        Err(error) if matches!(error.downcast_ref(), Some(FindError::Absent { .. })) => {
+            complain!("tideover: {error}");
+            Err(absent)
+        }
         Err(error) => Err(error),
     }
 }
 
+/// The kernel does not have the machine, or will not give it again in this life.
+fn is_final(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(FindError::Absent { .. } | FindError::Taken { .. }))
+}
+
 fn all(arguments: &cli::Resume, when: When) -> anyhow::Result<ExitCode> {
+    let held = held()?;
     let device = open_device()?;
     let mut pending = Pending::read(&device)?;
-    if pending.listed.machines.is_empty() {
+    // One that was begun before, by a command that did not get to write so.
+    pending.listed.machines.retain(|name| machines::connect(name).is_err());
+    let names = pending.listed.machines.clone();
+    if names.is_empty() && held.is_empty() {
         complain!("tideover: no machine came through a kexec, or all were resumed");
     }
+    // All holders first: they take their time to start, and do so at once.
+    let start = |name: &String| Ready::start(name, &pending.listed, when.clone(), arguments.program.clone());
+    let ready: Vec<_> = names.iter().map(start).collect();
     let mut begun = Vec::new();
     let mut failed = Vec::new();
-    for name in pending.listed.machines.clone() {
-        match begin(&device, &name, &pending, when.clone(), arguments.program.clone()) {
+    let mut still = Vec::new();
+    for (name, ready) in names.into_iter().zip(ready) {
+        match ready.and_then(|ready| ready.begin(&device)) {
             Ok(holder) => begun.push(holder),
-            Err(error) => failed.push((name, Err(error))),
+            Err(error) => {
+                if !is_final(&error) {
+                    still.push(name.clone());
+                }
+                failed.push((name, Err(error)));
+            }
         }
     }
-    pending.listed.machines = failed.iter().map(|(name, _)| name.clone()).collect();
-    pending.write()?;
+    pending.listed.machines = still;
+    if let Err(error) = pending.write() {
+        complain!("tideover: {error:#}");
+    }
     drop(device);
     let mut ended = await_all(begun);
     ended.extend(failed);
+    ended.extend(held.into_iter().map(|name| {
+        let answer = machines::connect(&name).and_then(|client| ask_revive(&name, &client, arguments));
+        (name, answer)
+    }));
     end(ended, arguments)
 }
 
+/// Machines that a holder has already.
+fn held() -> anyhow::Result<Vec<String>> {
+    let is_held = |name: &String| {
+        let client = machines::connect(name).ok()?.with_patience(LOOK);
+        Some(matches!(verbs::ask(&client, &Request::Status).ok()?, Answer::Held(_)))
+    };
+    Ok(machines::names()?.into_iter().filter(|name| is_held(name) == Some(true)).collect())
+}
+
 /// Machines that came through a kexec, and are still the kernel's.
-struct Pending {
+pub(crate) struct Pending {
     file: PathBuf,
     listed: Listed,
 }
 
+/// What is written down of them.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    /// This life of the host: what was written in another one is over.
+    boot: [u8; 16],
+    listed: Listed,
+}
+
 impl Pending {
-    fn read(device: &Device) -> anyhow::Result<Self> {
+    pub(crate) fn read(device: &Device) -> anyhow::Result<Self> {
         let file = machines::make_directory()?.join(PENDING);
         let listed = match Index::retrieve(device) {
             Ok(listed) => {
@@ -117,14 +189,7 @@ impl Pending {
                 pending.write()?;
                 return Ok(pending);
             }
-            Err(IndexError::Find(FindError::Absent { .. })) => match fs::read(&file) {
-                Ok(bytes) => serde_json::from_slice(&bytes)
-                    .with_context(|| format!("cannot read {}", file.display()))?,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => Listed::default(),
-                Err(error) => {
-                    return Err(error).with_context(|| format!("cannot read {}", file.display()));
-                }
-            },
+            Err(IndexError::Find(FindError::Absent { .. })) => Self::written(&file)?,
             // Whoever knows a machine's name can have it all the same.
             Err(error) => {
                 complain!("tideover: {:#}; resume the machines by their names", anyhow::Error::new(error));
@@ -134,66 +199,130 @@ impl Pending {
         Ok(Self { file, listed })
     }
 
+    fn written(file: &Path) -> anyhow::Result<Listed> {
+        let cannot = || format!("cannot read {}", file.display());
+        let bytes = match fs::read(file) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Listed::default()),
+            Err(error) => return Err(error).with_context(cannot),
+        };
+        let written: Written = serde_json::from_slice(&bytes).with_context(cannot)?;
+        Ok(if written.boot == boot()? { written.listed } else { Listed::default() })
+    }
+
     fn write(&self) -> anyhow::Result<()> {
         let cannot = || format!("cannot write {}", self.file.display());
         let new = self.file.with_extension("new");
-        fs::write(&new, serde_json::to_vec(&self.listed)?).with_context(cannot)?;
+        let written = Written { boot: boot()?, listed: self.listed.clone() };
+        fs::write(&new, serde_json::to_vec(&written)?).with_context(cannot)?;
         fs::rename(&new, &self.file).with_context(cannot)
+    }
+
+    /// Their names.
+    pub(crate) fn into_names(self) -> Vec<String> {
+        self.listed.machines
+    }
+}
+
+/// Which life of the host this is.
+fn boot() -> anyhow::Result<[u8; 16]> {
+    Ok(Moment::now().context("the kernel does not say which boot this is")?.boot)
+}
+
+/// A holder that waits for its machine. Unless it [gets](Ready::begin) it, it ends with this.
+struct Ready {
+    channel: Channel,
+    started: Started,
+    hold: Hold,
+}
+
+impl Ready {
+    /// Starts it. All that can fail does so before the machine is retrieved, which can be done once.
+    fn start(name: &str, listed: &Listed, when: When, program: Option<PathBuf>) -> anyhow::Result<Self> {
+        machines::check_name(name)?;
+        let directory = machines::make_directory()?;
+        let mut whole = listed.when.clone();
+        whole.extend(&when);
+        let hold = Hold {
+            name: name.to_owned(),
+            socket: machines::socket(&directory, name),
+            when: whole,
+            // It is looked for from elsewhere.
+            program: program.as_deref().map(std::path::absolute).transpose()?,
+            log: Some(directory.join(format!("{name}.log"))),
+        };
+        Self::again(hold)
+    }
+
+    /// Another one.
+    fn again(hold: Hold) -> anyhow::Result<Self> {
+        let log = machines::log(&machines::make_directory()?, &hold.name)?;
+        let words = ["vmm", "--detach", "hold"];
+        let (channel, started) = Program::this()?.start_with(words, Stdio::null(), log.into())?;
+        Ok(Self { channel, started, hold })
+    }
+
+    /// Gives it its machine.
+    fn begin(self, device: &Device) -> anyhow::Result<Begun> {
+        let session = ::kexec::session_name(SessionName::new(self.hold.name.as_bytes())?)?;
+        // What ends this command's process group does not end the holder any more.
+        ::vmm::await_ready(&self.channel)?;
+        let session = device.retrieve(&session)?;
+        match self.give(&session) {
+            Ok((holder, hold)) => Ok(Begun { hold, holder, session }),
+            // As long as this process has the session, another holder can have it.
+            Err((error, hold)) => {
+                complain!("tideover: {}: {error:#}; it is tried again", hold.name);
+                let ready = Self::again(hold)?;
+                ::vmm::await_ready(&ready.channel)?;
+                let (holder, hold) = ready.give(&session).map_err(|(error, _)| error)?;
+                Ok(Begun { hold, holder, session })
+            }
+        }
+    }
+
+    fn give(self, session: &Incoming) -> Result<(Client, Hold), (anyhow::Error, Hold)> {
+        match ::vmm::give(&self.channel, &self.hold, session) {
+            Ok(()) => {
+                self.started.let_go();
+                Ok((Client::new(self.channel), self.hold))
+            }
+            Err(error) => Err((error, self.hold)),
+        }
     }
 }
 
 /// A machine whose holder was started.
 struct Begun {
-    name: String,
+    hold: Hold,
     holder: Client,
-    /// As long as the holder may fail to take it.
+    /// As long as the holder may fail: the machine is lost with the last descriptor of it.
     session: Incoming,
 }
 
-/// Has a holder started for a machine, and gives it the machine's session.
-fn begin(
-    device: &Device,
-    name: &str,
-    pending: &Pending,
-    when: When,
-    program: Option<PathBuf>,
-) -> anyhow::Result<Begun> {
-    machines::check_name(name)?;
-    let session = SessionName::new(name.as_bytes()).context("the machine's name")?;
-    let session = ::kexec::session_name(session)?;
-    let directory = machines::make_directory()?;
-    let log = machines::log(&directory, name)?;
-    // Everything that can fail before, as what is retrieved is retrieved once.
-    let own = Program::this()?;
-    let (channel, started) = own.start_with(["vmm", "--detach", "hold"], Stdio::null(), log.into())?;
-    let session = device.retrieve(&session)?;
-    let mut whole = pending.listed.when.clone();
-    whole.extend(&when);
-    let hold = Hold {
-        name: name.to_owned(),
-        socket: machines::socket(&directory, name),
-        when: whole,
-        program,
-        log: Some(directory.join(format!("{name}.log"))),
-    };
-    ::vmm::give(&channel, &hold, &session)?;
-    started.let_go();
-    Ok(Begun { name: name.to_owned(), holder: Client::new(channel), session })
+impl Begun {
+    /// What becomes of it. A holder that dies is followed by another one.
+    fn answer(self, bar: &Bar) -> anyhow::Result<Answer> {
+        let Self { hold, mut holder, session } = self;
+        let name = hold.name.clone();
+        for _ in 0..HOLDERS {
+            let answer = holder.answer(&mut |what, done, of| bar.at(&format!("{name}: {what}"), done, of));
+            let Err(error) = answer else { return answer };
+            complain!("tideover: {name}: its holder is gone: {error:#}; another one is started");
+            let ready = Ready::again(hold.clone())?;
+            ::vmm::await_ready(&ready.channel)?;
+            (holder, _) = ready.give(&session).map_err(|(error, _)| error)?;
+        }
+        // Nobody has it but this process, which is about to end.
+        bail!("it is lost: one holder after another has died")
+    }
 }
 
 type Ended = (String, anyhow::Result<Answer>);
 
 fn await_all(begun: Vec<Begun>) -> Vec<Ended> {
     let bar = Bar::new();
-    let ended = begun.into_iter().map(|Begun { name, holder, session }| {
-        let answer = holder.answer(&mut |what, done, of| bar.at(&format!("{name}: {what}"), done, of));
-        if answer.is_err() {
-            // Nobody has it but this process: it is to be had again as long as that lives, and then not.
-            complain!("tideover: {name} is lost: its holder is gone");
-        }
-        drop(session);
-        (name, answer)
-    });
+    let ended = begun.into_iter().map(|begun| (begun.hold.name.clone(), begun.answer(&bar)));
     let ended = ended.collect();
     bar.done();
     ended
@@ -211,11 +340,7 @@ fn end(ended: Vec<Ended>, arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
             }
             Ok(Answer::Held(held)) => {
                 code = ExitCode::from(HELD);
-                complain!(
-                    "tideover: {name} is held by process {}, and does not run: {}; try `tideover resume {name} --program PATH`",
-                    held.pid,
-                    held.why
-                );
+                complain!("tideover: {}", verbs::held(&held));
             }
             Ok(other) => bail!("{name}: unexpected answer: {other:?}"),
             Err(error) => {

@@ -16,6 +16,7 @@ use ::vmm::control::DiskSpec;
 use ::vmm::control::End;
 use ::vmm::control::GuestKind;
 use ::vmm::control::GuestState;
+use ::vmm::control::Held;
 use ::vmm::control::LinuxSpec;
 use ::vmm::control::MachineSpec;
 use ::vmm::control::Request;
@@ -66,11 +67,41 @@ pub(crate) fn ask(client: &Client, request: &Request) -> anyhow::Result<Answer> 
     client.ask(request, &mut |_, _, _| {})
 }
 
+/// How a machine is that something is to be done to which only one can do that runs.
 pub(crate) fn ask_status(client: &Client) -> anyhow::Result<Status> {
+    match look(client)? {
+        Look::Status(status) => Ok(*status),
+        Look::Held(machine) => bail!("{}", held(&machine)),
+    }
+}
+
+/// How a machine is, that may be held.
+enum Look {
+    Status(Box<Status>),
+    Held(Held),
+}
+
+fn look(client: &Client) -> anyhow::Result<Look> {
     match ask(client, &Request::Status)? {
-        Answer::Status(status) => Ok(*status),
+        Answer::Status(status) => Ok(Look::Status(status)),
+        Answer::Held(held) => Ok(Look::Held(held)),
         other => bail!("unexpected answer to status: {other:?}"),
     }
+}
+
+/// What is to be said of a machine that is held.
+pub(crate) fn held(held: &Held) -> String {
+    let name = &held.name;
+    format!(
+        "{name} is held by process {} since a kexec, and does not run: {}; `tideover resume {name}` tries again, with --program \
+         PATH by another program; `tideover stop {name}` gives it up",
+        held.pid,
+        held.why.escape_debug()
+    )
+}
+
+fn held_json(held: &Held) -> serde_json::Value {
+    json!({ "name": held.name, "state": "held", "pid": held.pid, "why": held.why })
 }
 
 pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
@@ -194,13 +225,14 @@ fn sentence(status: &Status) -> String {
 
 pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
     let found = machines::names()?.into_iter().map(|name| {
-        let status = machines::connect(&name).and_then(|client| ask_status(&client.with_patience(LOOK)));
+        let status = machines::connect(&name).and_then(|client| look(&client.with_patience(LOOK)));
         (name, status)
     });
     let found: Vec<_> = found.collect();
     if arguments.json {
         let all = found.iter().map(|(name, status)| match status {
-            Ok(status) => serde_json::to_value(status),
+            Ok(Look::Status(status)) => serde_json::to_value(status),
+            Ok(Look::Held(held)) => Ok(held_json(held)),
             Err(error) => Ok(json!({ "name": name, "state": silence(error) })),
         });
         say_json(&all.collect::<Result<Vec<_>, _>>()?)?;
@@ -214,8 +246,9 @@ pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
     shown.load_style(presets::UTF8_BORDERS_ONLY);
     shown.set_header(["name", "state", "process", "memory", "updates", "age"]);
     for (name, status) in &found {
+        let none = || "-".to_owned();
         shown.add_row(match status {
-            Ok(status) => [
+            Ok(Look::Status(status)) => [
                 name.clone(),
                 state(status.state).to_owned(),
                 status.pid.to_string(),
@@ -223,10 +256,10 @@ pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
                 status.updates.to_string(),
                 time::show(status.age_ms),
             ],
-            Err(error) => {
-                let none = || "-".to_owned();
-                [name.clone(), silence(error).to_owned(), none(), none(), none(), none()]
+            Ok(Look::Held(held)) => {
+                [name.clone(), "held".to_owned(), held.pid.to_string(), none(), none(), none()]
             }
+            Err(error) => [name.clone(), silence(error).to_owned(), none(), none(), none(), none()],
         });
     }
     say(&format!("{shown}\n"))?;
@@ -240,7 +273,17 @@ fn silence(error: &anyhow::Error) -> &'static str {
 
 pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
     let machine = &arguments.machine;
-    let status = ask_status(&machines::connect(&machine.name)?)?;
+    let status = match look(&machines::connect(&machine.name)?)? {
+        Look::Status(status) => status,
+        Look::Held(machine) if arguments.machine.json => {
+            say_json(&held_json(&machine))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Look::Held(machine) => {
+            say(&format!("{}\n", held(&machine)))?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     if machine.json {
         say_json(&status)?;
         return Ok(ExitCode::SUCCESS);
@@ -396,6 +439,7 @@ pub(crate) fn change(machine: &cli::Machine, request: &Request) -> anyhow::Resul
     let client = machines::connect(&machine.name)?;
     match ask(&client, request)? {
         Answer::Paused | Answer::Resumed => {}
+        Answer::Held(machine) => bail!("{}", held(&machine)),
         other => bail!("unexpected answer to {request:?}: {other:?}"),
     }
     let status = ask_status(&client)?;
@@ -409,8 +453,11 @@ pub(crate) fn change(machine: &cli::Machine, request: &Request) -> anyhow::Resul
 pub(crate) fn stop(arguments: &cli::Stop) -> anyhow::Result<ExitCode> {
     let machine = &arguments.machine;
     let client = machines::connect(&machine.name)?;
-    let status = ask_status(&client)?;
-    let process = Pidfd::of_number(status.pid);
+    let (name, pid) = match look(&client)? {
+        Look::Status(status) => (status.name, status.pid),
+        Look::Held(held) => (held.name, held.pid),
+    };
+    let process = Pidfd::of_number(pid);
     match ask(&client, &Request::Stop)? {
         Answer::Stopped => {}
         other => bail!("unexpected answer to stop: {other:?}"),
@@ -424,7 +471,7 @@ pub(crate) fn stop(arguments: &cli::Stop) -> anyhow::Result<ExitCode> {
     }
     bar.done();
     match machine.json {
-        true => say_json(&json!({ "name": status.name, "state": "stopped", "pid": status.pid }))?,
+        true => say_json(&json!({ "name": name, "state": "stopped", "pid": pid }))?,
         false => say(&format!("{}: stopped\n", machine.name))?,
     }
     Ok(ExitCode::SUCCESS)
