@@ -1,10 +1,12 @@
 //! The cases.
 
+mod called_off;
 mod check;
 mod demo;
 mod device;
 mod kexec;
 mod kexec_linux;
+mod kills;
 mod linux;
 mod machine;
 mod memfd;
@@ -30,8 +32,10 @@ const CASES: &[(&str, Case)] = &[
     ("demo", demo::run),
     ("device", device::run),
     ("kexec", kexec::one),
+    ("kexec-called-off", called_off::run),
     ("kexec-eight", kexec::eight),
     ("kexec-gib", kexec::gib),
+    ("kexec-kills", kills::run),
     ("kexec-linux", kexec_linux::run),
     ("kexec-small-pages", kexec::small_pages),
     ("kexec-twenty", kexec::twenty),

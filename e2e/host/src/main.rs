@@ -7,6 +7,7 @@
 mod boot;
 mod cases;
 mod linux;
+mod roles;
 mod tideover;
 
 use std::process::ExitCode;
@@ -18,6 +19,9 @@ use crate::boot::Life;
 use crate::cases::Then;
 
 fn main() -> ExitCode {
+    if let Some(code) = roles::play() {
+        return code;
+    }
     if std::process::id() != 1 {
         eprintln!(
             "this is the first process of an emulated host, and does nothing elsewhere: cargo xtask e2e"

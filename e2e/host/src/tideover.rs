@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::BufRead as _;
 use std::io::BufReader;
+use std::io::Read;
 use std::path::Path;
 use std::process::Child;
 use std::process::Command;
@@ -30,7 +31,7 @@ use vmm::control::Request;
 
 const PROGRAM: &str = "/bin/tideover";
 /// Where the machines' sockets and logs are.
-const DIRECTORY: &str = "/run/tideover";
+pub(crate) const DIRECTORY: &str = "/run/tideover";
 /// For what takes moments on a real processor: this one is emulated, and the machine that does so may be busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// How many of the last lines of each log are shown.
@@ -61,6 +62,34 @@ pub(crate) fn run(arguments: &[&str]) -> anyhow::Result<String> {
         String::from_utf8_lossy(&output.stderr).trim_end()
     );
     Ok(said)
+}
+
+/// Runs a verb that has to fail with this exit code, and gives what it complains of.
+pub(crate) fn fails(arguments: &[&str], code: i32) -> anyhow::Result<String> {
+    let output = output(arguments)?;
+    let said = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
+    println!("{said}");
+    ensure!(
+        output.status.code() == Some(code),
+        "tideover {}: {}: {said}",
+        arguments.join(" "),
+        output.status
+    );
+    Ok(said)
+}
+
+/// Runs a verb that may fail, and gives all that it says.
+pub(crate) fn either(arguments: &[&str]) -> anyhow::Result<String> {
+    let Output { status, stdout, stderr } = output(arguments)?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(format!("{status}: {}{}", text(&stdout), text(&stderr)))
+}
+
+/// Runs a verb that has to fail so, and complains of this.
+pub(crate) fn fails_with(arguments: &[&str], code: i32, words: &str) -> anyhow::Result<()> {
+    let said = fails(arguments, code)?;
+    ensure!(said.contains(words), "tideover {} says nothing of {words:?}: {said}", arguments.join(" "));
+    Ok(())
 }
 
 /// Runs a verb that has to succeed, and gives its JSON.
@@ -140,6 +169,31 @@ pub(crate) fn kill(pid: u64) -> anyhow::Result<()> {
     })
 }
 
+/// Sends a process a signal.
+pub(crate) fn signal(pid: u64, signal: Signal) -> anyhow::Result<()> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).context("no number of a process")?;
+    rustix::process::kill_process(number, signal).with_context(|| format!("cannot signal {pid}"))
+}
+
+/// A process that is stopped as long as this lives.
+pub(crate) struct Stopped {
+    pid: u64,
+}
+
+impl Stopped {
+    pub(crate) fn new(pid: u64) -> anyhow::Result<Self> {
+        signal(pid, Signal::STOP)?;
+        Ok(Self { pid })
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // It may have been killed.
+        let _ = signal(self.pid, Signal::CONT);
+    }
+}
+
 /// Whether there is such a process, and not only what is left of one.
 pub(crate) fn is_alive(pid: u64) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -168,30 +222,60 @@ fn log(path: &Path) -> String {
 /// A verb that goes on. It ends with this.
 pub(crate) struct Started {
     child: Child,
-    said: Arc<Mutex<Vec<String>>>,
+    said: Lines,
+    complained: Lines,
+}
+
+type Lines = Arc<Mutex<Vec<String>>>;
+
+/// The lines of a pipe, as they come.
+fn lines(output: impl Read + Send + 'static) -> Lines {
+    let said = Lines::default();
+    thread::spawn({
+        let said = Arc::clone(&said);
+        move || {
+            let mut lines = BufReader::new(output).split(b'\n');
+            while let Some(Ok(line)) = lines.next() {
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                said.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+        }
+    });
+    said
+}
+
+fn so_far(lines: &Lines) -> Vec<String> {
+    lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 impl Started {
     pub(crate) fn new(arguments: &[&str]) -> anyhow::Result<Self> {
-        let mut child = command(arguments).stdout(Stdio::piped()).spawn().context("cannot start a verb")?;
-        let output = child.stdout.take().context("a verb has no output")?;
-        let said = Arc::new(Mutex::new(Vec::new()));
-        thread::spawn({
-            let said = Arc::clone(&said);
-            move || {
-                let mut lines = BufReader::new(output).split(b'\n');
-                while let Some(Ok(line)) = lines.next() {
-                    let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-                    said.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-                }
-            }
-        });
-        Ok(Self { child, said })
+        let mut command = command(arguments);
+        let mut child =
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("cannot start a verb")?;
+        let said = lines(child.stdout.take().context("a verb has no output")?);
+        let complained = lines(child.stderr.take().context("a verb has no output")?);
+        Ok(Self { child, said, complained })
     }
 
     /// The whole lines that it has said so far.
     pub(crate) fn said(&self) -> Vec<String> {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        so_far(&self.said)
+    }
+
+    /// The whole lines that it has complained of so far.
+    pub(crate) fn complained(&self) -> Vec<String> {
+        so_far(&self.complained)
+    }
+
+    /// Its process.
+    pub(crate) fn pid(&self) -> u64 {
+        self.child.id().into()
+    }
+
+    /// How it ends by itself.
+    pub(crate) fn code(&mut self) -> anyhow::Result<Option<i32>> {
+        Ok(wait_for("a verb's end", 3 * PATIENCE, || Ok(self.child.try_wait()?))?.code())
     }
 
     /// Waits until it ends by itself.

@@ -35,8 +35,10 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("demo", "the demo by both carriers (updates=2)", 1024, 120),
     Case::new("device", "what /dev/liveupdate answers", 768, 60).in_ci(),
     Case::new("kexec", "a machine lives through two kernels", 1024, 240).in_ci(),
+    Case::new("kexec-called-off", "a kexec that does not come about leaves nothing behind", 1024, 900),
     Case::new("kexec-eight", "eight machines at once", 1024, 300),
     Case::new("kexec-gib", "a machine of 1 GiB through three kernels", 2560, 600),
+    Case::new("kexec-kills", "holders and VMMs are killed at each step after a kexec", 1280, 900),
     Case::new("kexec-linux", "Linux as a guest, its disk, and the host's file system", 1024, 360)
         .with_disk()
         .in_ci(),

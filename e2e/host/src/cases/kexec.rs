@@ -1,11 +1,14 @@
 //! Machines whose host's kernel is replaced under them.
 
+use std::path::Path;
+
 use anyhow::Context as _;
 use anyhow::bail;
 use anyhow::ensure;
 use serde_json::Value;
 
 use crate::boot::Life;
+use crate::boot::Next;
 use crate::tideover;
 use crate::tideover::number;
 
@@ -70,21 +73,28 @@ impl Plan<'_> {
     }
 }
 
+/// The verb that has the command boot the next life.
+fn verb(next: &Next) -> anyhow::Result<[&str; 8]> {
+    let path = |path: &'static Path| path.to_str().context("a path that is not UTF-8");
+    let (kernel, initrd) = (path(next.kernel)?, path(next.initrd)?);
+    Ok(["kexec", "--kernel", kernel, "--initrd", initrd, "--cmdline", &next.command_line, "--now"])
+}
+
 /// Has the command boot the next life: it comes back only if it cannot.
 pub(crate) fn leave(life: &Life) -> anyhow::Result<Then> {
-    let next = life.next()?;
-    let path = |path: &'static std::path::Path| path.to_str().context("a path that is not UTF-8");
-    let said = tideover::run(&[
-        "kexec",
-        "--kernel",
-        path(next.kernel)?,
-        "--initrd",
-        path(next.initrd)?,
-        "--cmdline",
-        &next.command_line,
-        "--now",
-    ])?;
+    let said = tideover::run(&verb(&life.next()?)?)?;
     bail!("there was no kexec: {said}")
+}
+
+/// The same, without machines that cannot go.
+pub(crate) fn leave_others(life: &Life) -> anyhow::Result<Then> {
+    let said = tideover::run(&[&verb(&life.next()?)?[..], &["--leave-others"]].concat())?;
+    bail!("there was no kexec: {said}")
+}
+
+/// The command does not, and says this.
+pub(crate) fn refused(life: &Life, words: &str) -> anyhow::Result<()> {
+    tideover::fails_with(&verb(&life.next()?)?, 1, words)
 }
 
 /// All machines are back, and what they tell of it.
