@@ -243,6 +243,9 @@ pub(crate) struct Kexec {
     /// Boot it at once: file systems are synchronized and made still, no service is stopped, no program is asked.
     #[arg(long, required = true)]
     pub(crate) now: bool,
+    /// Go on though `tideover check` fails.
+    #[arg(long)]
+    pub(crate) unchecked: bool,
     /// Leave behind the machines that were not started with --through-kexec: they end with this kernel.
     #[arg(long)]
     pub(crate) leave_others: bool,

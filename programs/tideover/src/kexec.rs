@@ -26,6 +26,11 @@ use liveupdate::filesystems::Still;
 use machine::SessionName;
 use serde_json::json;
 
+use crate::check;
+use crate::check::Finding;
+use crate::check::Host;
+use crate::check::Level;
+use crate::check::Subject;
 use crate::cli;
 use crate::machines;
 use crate::progress::Bar;
@@ -50,6 +55,8 @@ const LIVEUPDATE: &str = "liveupdate=on";
 pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     let machines = chosen(arguments)?;
     let command_line = command_line(arguments)?;
+    // It opens the device itself, which has one user at a time.
+    refuse_unfit(arguments, &machines, &command_line)?;
     let device = open_device()?;
     check_pending(&device, arguments)?;
     let loaded = Loaded::load(arguments, &command_line)?;
@@ -136,6 +143,33 @@ fn command_line(arguments: &cli::Kexec) -> anyhow::Result<String> {
         );
     }
     Ok(words.join(" "))
+}
+
+/// Refuses what `tideover check` fails, and says what it warns of.
+fn refuse_unfit(
+    arguments: &cli::Kexec,
+    machines: &[(String, Client)],
+    command_line: &str,
+) -> anyhow::Result<()> {
+    let subject = Subject {
+        machines: machines.iter().map(|(name, _)| name.clone()).collect(),
+        kernel: Some(arguments.kernel.clone()),
+        initrd: arguments.initrd.clone(),
+        command_line: Some(command_line.to_owned()),
+    };
+    let findings = check::run(&Host::this(), &subject);
+    let bad = findings.iter().filter(|finding| finding.level != Level::Ok);
+    for Finding { level, title, machine, found, advice, .. } in bad {
+        let whose = machine.as_ref().map_or_else(String::new, |name| format!("{name}: "));
+        let advice = advice.as_ref().map_or_else(String::new, |advice| format!(": {advice}"));
+        complain!("tideover: {}: {whose}{title}: {found}{advice}", level.name());
+    }
+    match check::worst(&findings) {
+        Level::Failure if !arguments.unchecked => {
+            bail!("this host cannot do it now: mend that first, or say --unchecked")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The next kernel, which is let go unless it is booted.

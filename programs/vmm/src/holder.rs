@@ -97,7 +97,7 @@ pub fn hold() -> anyhow::Result<()> {
     let told: Hold = serde_json::from_slice(&message.bytes).context("cannot read what is to be held")?;
     let session = message.fds.into_iter().next().context("no session came")?;
     let session = Incoming::from_fd(session).context("what came is no session")?;
-    let mut holder = Holder { state: Some(State::Session(session)), told };
+    let mut holder = Holder { state: Some(State::Session(session)), told, early: None };
     match holder.revive(&channel) {
         Ok(report) => {
             tell(&channel, &Answer::Report(report.map(Box::new)));
@@ -180,7 +180,12 @@ impl State {
 struct Holder {
     state: Option<State>,
     told: Hold,
+    /// A VMM that gets ready while the memory is retrieved.
+    early: Option<Vmm>,
 }
+
+/// A VMM that was started, and waits at the other end of the channel.
+type Vmm = (Channel, Started);
 
 impl Holder {
     fn held(&self, why: &str) -> Held {
@@ -191,9 +196,13 @@ impl Holder {
     fn kept(&mut self) -> anyhow::Result<&Kept> {
         while let Some(State::Session(_) | State::Found(_)) = &self.state {
             let Some(state) = self.state.take() else { break };
+            if let State::Found(found) = &state {
+                // Should it fail, it is tried again when the memory is here, and the reason told.
+                self.early = start(found.note(), &self.told).ok();
+            }
             let (state, advanced) = state.advance(&self.told);
             self.state = Some(state);
-            advanced?;
+            advanced.inspect_err(|_| self.early = None)?;
         }
         match &self.state {
             Some(State::Kept(kept)) => Ok(kept),
@@ -211,11 +220,12 @@ impl Holder {
             Standing::Taken(word) if word.state() == OwnershipState::Running => return Ok(None),
             standing => bail!("{}", not_ready(standing)),
         };
+        let early = self.early.take();
         let kept = match &self.state {
             Some(State::Kept(kept)) => kept,
             _ => bail!("the machine was given up"),
         };
-        run(kept, &self.told, (sealed, claimed)).or_else(|error| match kept.standing() {
+        run(kept, &self.told, (sealed, claimed), early).or_else(|error| match kept.standing() {
             // It has the machine, though it could not say so.
             Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running => Ok(None),
             Ok(Standing::Ready { .. }) | Err(_) => Err(error),
@@ -339,11 +349,15 @@ fn runs(kept: &Kept) -> bool {
     matches!(kept.standing(), Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running)
 }
 
-/// Starts a VMM and gives it the machine.
-fn run(kept: &Kept, hold: &Hold, seal: (u32, Option<OwnershipWord>)) -> anyhow::Result<Option<KexecReport>> {
+/// Gives the machine to a VMM: the one that was started early, or a new one.
+fn run(
+    kept: &Kept,
+    hold: &Hold,
+    seal: (u32, Option<OwnershipWord>),
+    early: Option<Vmm>,
+) -> anyhow::Result<Option<KexecReport>> {
     let note = kept.note();
-    let mut vmm: Told =
-        serde_json::from_value(note.vmm.clone()).context("cannot read what the machine's last VMM tells")?;
+    let mut vmm = told_of(note)?;
     // The directory may be another one in this life.
     vmm.spec.socket = Some(hold.socket.clone());
     hold.make_directory()?;
@@ -351,8 +365,7 @@ fn run(kept: &Kept, hold: &Hold, seal: (u32, Option<OwnershipWord>)) -> anyhow::
     let sealed = note.sealed.as_ref().map(|sealed| &sealed.when);
     let whens = [sealed, Some(&hold.when), Some(kept.when())].into_iter().flatten();
     whens.for_each(|when| crossing.when.extend(when));
-    let (channel, mut started) = start(note, hold, vmm.spec.confine)?;
-    spare_no_vmm(started.pid());
+    let (channel, mut started) = early.map_or_else(|| start(note, hold), Ok)?;
     let mut step = |step: Step| debug!(%step, "holder");
     match kept.pass_on(&channel, seal, serde_json::to_value(vmm)?, timeouts(note), &mut step) {
         Ok(passed) => {
@@ -386,13 +399,20 @@ fn timeouts(note: &Note) -> Timeouts {
     Timeouts { prepare: default.prepare + Duration::from_secs(whole >> 30), ..default }
 }
 
-fn start(note: &Note, hold: &Hold, confine: Confine) -> anyhow::Result<(Channel, Started)> {
+fn told_of(note: &Note) -> anyhow::Result<Told> {
+    serde_json::from_value(note.vmm.clone()).context("cannot read what the machine's last VMM tells")
+}
+
+fn start(note: &Note, hold: &Hold) -> anyhow::Result<Vmm> {
+    let confine = told_of(note)?.spec.confine;
     let path = hold.program.as_ref().unwrap_or(&note.program);
     let program = Program::open(path, std::slice::from_ref(path))?;
     let confine = (confine != Confine::No).then_some("--confine");
     let words = ["vmm", "--detach"].into_iter().chain(confine).chain(["succeed"]);
     let log = hold.log.as_ref().and_then(|log| OpenOptions::new().create(true).append(true).open(log).ok());
-    Ok(program.start_with(words, Stdio::null(), log.map_or_else(Stdio::inherit, Stdio::from))?)
+    let vmm = program.start_with(words, Stdio::null(), log.map_or_else(Stdio::inherit, Stdio::from))?;
+    spare_no_vmm(vmm.1.pid());
+    Ok(vmm)
 }
 
 /// Who asks for something, of those who have come or come now; `None` if nobody can come here any more.
