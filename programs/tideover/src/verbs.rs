@@ -92,11 +92,12 @@ fn look(client: &Client) -> anyhow::Result<Look> {
 /// What is to be said of a machine that is held.
 pub(crate) fn held(held: &Held) -> String {
     let name = &held.name;
+    // It tells of files and of what programs say: nothing of it is to reach a terminal as a command.
+    let why: String = held.why.chars().filter(|letter| !letter.is_control()).collect();
     format!(
-        "{name} is held by process {} since a kexec, and does not run: {}; `tideover resume {name}` tries again, with --program \
+        "{name} is held by process {} since a kexec, and does not run: {why}; `tideover resume {name}` tries again, with --program \
          PATH by another program; `tideover stop {name}` gives it up",
-        held.pid,
-        held.why.escape_debug()
+        held.pid
     )
 }
 
