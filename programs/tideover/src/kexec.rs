@@ -59,6 +59,11 @@ pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     refuse_unfit(arguments, &machines, &command_line)?;
     let device = open_device()?;
     check_pending(&device, arguments)?;
+    if machines.is_empty() && !arguments.leave_others {
+        bail!(
+            "no machine was started with --through-kexec: use the service manager's own kexec, or say --leave-others"
+        );
+    }
     let loaded = Loaded::load(arguments, &command_line)?;
     let bar = Bar::new();
     let left = leave(&device, machines, arguments, &bar);
@@ -91,7 +96,7 @@ fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
     }
     if !held.is_empty() && !arguments.leave_others {
         bail!(
-            "{} came through the last kexec, are held, and would end with this kernel: resume or stop them first, or say \
+            "held since the last kexec, and would end with this kernel: {}: resume or stop them first, or say \
              --leave-others",
             held.join(", ")
         );
@@ -100,11 +105,6 @@ fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
         bail!(
             "{} would end with this kernel: start such machines with --through-kexec, stop them first, or say --leave-others",
             others.join(", ")
-        );
-    }
-    if go.is_empty() && !arguments.leave_others {
-        bail!(
-            "no machine was started with --through-kexec: use the service manager's own kexec, or say --leave-others"
         );
     }
     Ok(go)

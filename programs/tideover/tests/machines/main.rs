@@ -8,6 +8,7 @@ mod devices;
 #[path = "../../../devices/src/rig/disk_driver.rs"]
 mod disk_driver;
 mod ended;
+mod held;
 mod host;
 mod kernel;
 #[path = "../schema/mod.rs"]
