@@ -56,6 +56,8 @@ const MAX_CLIENTS: usize = 64;
 const START: Duration = Duration::from_secs(60);
 /// How long a VMM may take to say what becomes of it when its channel is closed.
 const DEATH: Duration = Duration::from_millis(500);
+/// How long a VMM that was started early may have waited: half of what it waits.
+const EARLY: Duration = Duration::from_secs(30);
 /// How long a VMM may take that has claimed the machine, and that this process did not start.
 const CLAIM: Duration = Duration::from_secs(10);
 /// How often to look whether something has come that there is no call to wait for.
@@ -157,9 +159,6 @@ impl State {
                 Err(failed) => (Self::Session(failed.0), Err(failed.1.into())),
             },
             Self::Found(found) => {
-                if let Err(error) = room::join_cgroup(found.note()) {
-                    warn!(error = &*error, "the machine is not in its own cgroup");
-                }
                 // Nobody else takes the room that was found until the memory is here.
                 let room = match Room::take(found.note(), told.socket.parent()) {
                     Ok(room) => room,
@@ -180,8 +179,9 @@ impl State {
 struct Holder {
     state: Option<State>,
     told: Hold,
-    /// A VMM that gets ready while the memory is retrieved.
-    early: Option<Vmm>,
+    /// A VMM that gets ready while the memory is retrieved, and when it has waited for too long: it does not wait for ever
+    /// to hear what it is to run.
+    early: Option<(Vmm, Deadline)>,
 }
 
 /// A VMM that was started, and waits at the other end of the channel.
@@ -197,8 +197,12 @@ impl Holder {
         while let Some(State::Session(_) | State::Found(_)) = &self.state {
             let Some(state) = self.state.take() else { break };
             if let State::Found(found) = &state {
+                // First of all: a VMM is to be where its holder is.
+                if let Err(error) = room::join_cgroup(found.note()) {
+                    warn!(error = &*error, "the machine is not in its own cgroup");
+                }
                 // Should it fail, it is tried again when the memory is here, and the reason told.
-                self.early = start(found.note(), &self.told).ok();
+                self.early = start(found.note(), &self.told).ok().map(|vmm| (vmm, Deadline::after(EARLY)));
             }
             let (state, advanced) = state.advance(&self.told);
             self.state = Some(state);
@@ -220,7 +224,7 @@ impl Holder {
             Standing::Taken(word) if word.state() == OwnershipState::Running => return Ok(None),
             standing => bail!("{}", not_ready(standing)),
         };
-        let early = self.early.take();
+        let early = self.early.take().filter(|(_, late)| !late.has_passed()).map(|(vmm, _)| vmm);
         let kept = match &self.state {
             Some(State::Kept(kept)) => kept,
             _ => bail!("the machine was given up"),
