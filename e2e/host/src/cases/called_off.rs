@@ -65,6 +65,8 @@ fn kexec(next: &Next) -> anyhow::Result<Vec<&str>> {
         "--cmdline",
         &next.command_line,
         "--now",
+        // What is wrong with a machine is to be found by the kernel.
+        "--unchecked",
     ])
 }
 

@@ -18,6 +18,7 @@ use crate::tideover::number;
 use super::HELD;
 use super::held;
 use super::is_back;
+use super::processes;
 
 pub(super) const NAME: &str = "group";
 const GROUPS: &str = "/sys/fs/cgroup";
@@ -38,10 +39,16 @@ fn limit(bytes: u64) -> anyhow::Result<()> {
     Ok(fs::write(file("memory.max"), bytes.to_string())?)
 }
 
-/// The one process that is in it, if one is.
-fn member() -> anyhow::Result<Option<u64>> {
+/// The processes that are in it.
+fn members() -> anyhow::Result<Vec<u64>> {
     let list = fs::read_to_string(file("cgroup.procs"))?;
-    Ok(list.lines().next().and_then(|line| line.parse().ok()))
+    Ok(list.lines().filter_map(|line| line.parse().ok()).collect())
+}
+
+/// The holder that is in it, if one is.
+fn holder() -> anyhow::Result<Option<u64>> {
+    let holders = processes(&["hold"])?;
+    Ok(members()?.into_iter().find(|member| holders.contains(member)))
 }
 
 /// Puts the machine into it.
@@ -60,10 +67,10 @@ pub(super) fn run() -> anyhow::Result<()> {
     let lock = File::create(folder.join("retrieve.lock"))?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
     let command = Started::new(&["resume", NAME])?;
-    let first = tideover::wait_for("the holder", PATIENCE, member)?;
+    let first = tideover::wait_for("the holder", PATIENCE, holder)?;
     tideover::kill(first)?;
     let second =
-        tideover::wait_for("another holder", PATIENCE, || Ok(member()?.filter(|pid| *pid != first)))?;
+        tideover::wait_for("another holder", PATIENCE, || Ok(holder()?.filter(|pid| *pid != first)))?;
     // Who has started it has the session, too, and goes.
     tideover::signal(command.pid(), Signal::KILL)?;
     drop(command);
@@ -83,7 +90,7 @@ pub(super) fn run() -> anyhow::Result<()> {
     is_back(NAME)?;
     ensure!(charged()? > BYTES, "{} bytes are charged", charged()?);
     let pid = number(&tideover::status(NAME)?, "pid")?;
-    ensure!(member()? == Some(pid), "its VMM is in another cgroup");
+    ensure!(members()?.contains(&pid), "its VMM is in another cgroup");
     ensure!(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim() == "0", "its VMM is spared");
     Ok(())
 }
