@@ -215,10 +215,15 @@ pub(crate) struct Resume {
 /// Boots another kernel, and takes the machines along that were started with --through-kexec.
 ///
 /// Their memory stays where it is, by Linux's /dev/liveupdate. Nothing else of this host does: programs end, connections close;
-/// disks and interfaces are opened again by their names. In the next kernel `tideover resume --all` lets them run on. What
-/// fails before the jump leaves every guest running as before.
+/// disks and interfaces are opened again by their names. In the next kernel `tideover resume --all` lets them run on.
+///
+/// This command has systemd shut the host down in its order, and returns. The guests run until services have ended and file
+/// systems are unmounted or read-only: the last thing before the jump has them stand still. That takes systemd 255, cgroups of
+/// version 2, and what dist/systemd has, in its place. What fails before systemd has begun leaves every guest running as before.
+///
+/// With --now nobody is asked, and what fails before the jump leaves every guest running as before.
 #[derive(Debug, Args)]
-#[command(after_help = after("tideover kexec --kernel /boot/vmlinuz-7.3 --initrd /boot/initrd.img-7.3 --reuse-cmdline --now"))]
+#[command(after_help = after("tideover kexec --kernel /boot/vmlinuz-7.3 --initrd /boot/initrd.img-7.3 --reuse-cmdline"))]
 pub(crate) struct Kexec {
     /// The kernel to boot, a bzImage.
     #[arg(long, value_name = "IMAGE")]
@@ -241,7 +246,7 @@ pub(crate) struct Kexec {
     #[arg(long, value_name = "TEXT")]
     pub(crate) append: Option<String>,
     /// Boot it at once: file systems are synchronized and made still, no service is stopped, no program is asked.
-    #[arg(long, required = true)]
+    #[arg(long)]
     pub(crate) now: bool,
     /// Go on though `tideover check` fails.
     #[arg(long)]
@@ -508,6 +513,11 @@ pub(crate) enum Life {
     /// Hold a machine that came through a kexec, until a VMM runs it; whoever has its session is at the other end of
     /// standard input.
     Hold,
+    /// Keep all machines ready for a kexec while the service manager shuts this host down; whoever asked is at the other end
+    /// of standard input.
+    Keep,
+    /// The host is shut down, all but for the kexec: have the keeper seal its machines.
+    Seal,
     /// Take a machine over from the VMM at the other end of standard input.
     Succeed {
         /// Connect to the VMM that listens here instead.

@@ -5,7 +5,6 @@ use std::fs;
 use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::process::ExitCode;
-use std::thread;
 use std::time::Duration;
 
 use ::kexec::Index;
@@ -23,7 +22,6 @@ use liveupdate::OpenError;
 use liveupdate::Outgoing;
 use liveupdate::filesystems;
 use liveupdate::filesystems::Still;
-use machine::SessionName;
 use serde_json::json;
 
 use crate::check;
@@ -32,7 +30,10 @@ use crate::check::Host;
 use crate::check::Level;
 use crate::check::Subject;
 use crate::cli;
+use crate::leavers;
+use crate::leavers::Leaver;
 use crate::machines;
+use crate::orderly;
 use crate::progress::Bar;
 use crate::resume::Pending;
 use crate::size;
@@ -41,10 +42,6 @@ use crate::verbs;
 
 /// The kexec was called off, and the guests run on as before.
 const CALLED_OFF: u8 = 4;
-/// How long a machine may take to stand still, be saved and sealed.
-const SEAL: Duration = Duration::from_secs(30);
-/// How long a machine may take to run on when there is no kexec.
-const GO_ON: Duration = Duration::from_secs(60);
 /// How long a file system may take to come to rest.
 const STILL: Duration = Duration::from_secs(30);
 /// How long a VMM may take to say how it is.
@@ -57,6 +54,9 @@ pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     let command_line = command_line(arguments)?;
     // It opens the device itself, which has one user at a time.
     refuse_unfit(arguments, &machines, &command_line)?;
+    if !arguments.now {
+        orderly::check()?;
+    }
     let device = open_device()?;
     check_pending(&device, arguments)?;
     if machines.is_empty() && !arguments.leave_others {
@@ -66,12 +66,18 @@ pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     }
     let loaded = Loaded::load(arguments, &command_line)?;
     let bar = Bar::new();
-    let left = leave(&device, machines, arguments, &bar);
+    let left = if arguments.now {
+        leave(&device, machines, arguments, &bar).map(|never| match never {})
+    } else {
+        // The keeper opens it.
+        drop(device);
+        orderly::leave(machines, arguments, &bar)
+    };
     bar.done();
-    // It did not: whoever could not go is told of in the error, and all run on.
-    let error = match left {
-        Ok(never) => match never {},
-        Err(error) => error,
+    // If it did not: whoever could not go is told of in the error, and all run on.
+    let Err(error) = left else {
+        loaded.stay();
+        return Ok(ExitCode::SUCCESS);
     };
     drop(loaded);
     complain!("tideover: there was no kexec: {error:#}");
@@ -186,6 +192,11 @@ impl Loaded {
         loaded.with_context(|| format!("cannot load {}", arguments.kernel.display()))?;
         Ok(Self)
     }
+
+    /// It is going to be booted.
+    fn stay(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Loaded {
@@ -203,56 +214,6 @@ pub(crate) fn open_device() -> Result<Device, OpenError> {
     Device::open()
 }
 
-/// A machine whose VMM obeys nobody else until this is dropped: then it runs on.
-struct Leaver {
-    name: String,
-    client: Client,
-    /// The VMM has it, too. Whoever of the two lives longer keeps it.
-    _session: Option<Outgoing>,
-    preserved: PreservedReport,
-}
-
-impl Leaver {
-    fn begin(
-        name: String,
-        client: Client,
-        session: Option<Outgoing>,
-        timeout: Duration,
-    ) -> anyhow::Result<Self> {
-        let client = client.with_patience(timeout);
-        let what = || format!("cannot get {name} ready");
-        let fd = session.as_ref().map(Outgoing::as_fd);
-        client.tell(&Request::Preserve, fd).with_context(what)?;
-        match client.answer(&mut |_, _, _| {}).with_context(what)? {
-            Answer::Preserved(preserved) => Ok(Self { name, client, _session: session, preserved }),
-            other => bail!("{name}: unexpected answer to preserve: {other:?}"),
-        }
-    }
-
-    fn seal(&mut self) -> anyhow::Result<SealedReport> {
-        self.client.set_patience(SEAL);
-        self.client.tell(&Request::Seal, None)?;
-        match self.client.answer(&mut |_, _, _| {}).with_context(|| format!("cannot seal {}", self.name))? {
-            Answer::Sealed(report) => Ok(report),
-            other => bail!("{}: unexpected answer to seal: {other:?}", self.name),
-        }
-    }
-
-    /// There is no kexec. Gives how long the guest stood still, if it did.
-    fn go_on(mut self) -> anyhow::Result<Option<f64>> {
-        self.client.set_patience(GO_ON);
-        self.client.tell(&Request::GoOn, None)?;
-        loop {
-            match self.client.answer(&mut |_, _, _| {})? {
-                Answer::WentOn { pause_us } => return Ok(pause_us),
-                // It came too late to be waited for.
-                Answer::Sealed(_) => {}
-                other => bail!("{}: unexpected answer to go on: {other:?}", self.name),
-            }
-        }
-    }
-}
-
 /// Takes the machines to the next kernel.
 ///
 /// # Errors
@@ -265,82 +226,31 @@ fn leave(
 ) -> anyhow::Result<Infallible> {
     let names = machines.iter().map(|(name, _)| name.clone()).collect();
     let mut index = Index::preserve(device, names)?;
-    let (mut leavers, failed) = preserve_all(device, machines, arguments.timeout, bar)?;
+    let progress = |done, of| bar.at("preserving", done, of);
+    let (mut leavers, failed) = leavers::preserve_all(device, machines, arguments.timeout, &progress)?;
     let left = match failed {
-        None => said(&leavers, arguments).and_then(|()| jump(&mut leavers, &mut index, bar)),
+        None => said(&leavers.iter().map(Leaver::preserved).collect::<Vec<_>>(), arguments)
+            .and_then(|()| jump(&mut leavers, &mut index, bar)),
         Some(error) => Err(error),
     };
     let error = match left {
         Ok(never) => match never {},
         Err(error) => error,
     };
-    let lost = go_on_all(leavers);
-    match lost.is_empty() {
-        true => Err(error),
-        false => Err(error.context(format!("not all machines say that they run on: {}", lost.join("; ")))),
-    }
+    Err(leavers::called_off(error, leavers))
 }
 
-/// Has all run on at once: one that does not answer keeps no other waiting. Says of which it is not known that it does.
-fn go_on_all(leavers: Vec<Leaver>) -> Vec<String> {
-    thread::scope(|scope| {
-        let go_on = |leaver: Leaver| {
-            let name = leaver.name.clone();
-            let went_on = scope.spawn(move || leaver.go_on());
-            (name, went_on)
-        };
-        let all: Vec<_> = leavers.into_iter().map(go_on).collect();
-        let lost = all.into_iter().filter_map(|(name, thread)| match thread.join() {
-            Ok(went_on) => went_on.err().map(|error| format!("{name}: {error:#}")),
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        lost.collect()
-    })
-}
-
-fn said(leavers: &[Leaver], arguments: &cli::Kexec) -> anyhow::Result<()> {
+/// Says what was preserved of these machines.
+pub(crate) fn said(preserved: &[(String, PreservedReport)], arguments: &cli::Kexec) -> anyhow::Result<()> {
     if arguments.json {
-        let all = leavers.iter().map(|leaver| json!({ "name": leaver.name, "preserved": leaver.preserved }));
+        let all = preserved.iter().map(|(name, preserved)| json!({ "name": name, "preserved": preserved }));
         return verbs::say_json(&all.collect::<Vec<_>>());
     }
-    for Leaver { name, preserved, .. } in leavers {
+    for (name, preserved) in preserved {
         let (bytes, kernel) = (size::show(preserved.bytes), table::millis(preserved.kernel_us));
         verbs::say(&format!("{name}: {bytes} preserved, which took the kernel {kernel}\n"))?;
     }
     Ok(())
-}
-
-/// Has all machines preserved at once. Gives those that are, and why another one is not.
-fn preserve_all(
-    device: &Device,
-    machines: Vec<(String, Client)>,
-    timeout: Duration,
-    bar: &Bar,
-) -> anyhow::Result<(Vec<Leaver>, Option<anyhow::Error>)> {
-    let of = u64::try_from(machines.len()).unwrap_or(u64::MAX);
-    let mut ready = Vec::new();
-    for (name, client) in machines {
-        let session = SessionName::new(name.as_bytes()).context("the machine's name")?;
-        ready.push((device.create(&::kexec::session_name(session)?)?, name, client));
-    }
-    bar.at("preserving", 0, of);
-    thread::scope(|scope| {
-        let begin = |(session, name, client)| {
-            scope.spawn(move || Leaver::begin(name, client, Some(session), timeout))
-        };
-        let all: Vec<_> = ready.into_iter().map(begin).collect();
-        let mut leavers = Vec::new();
-        let mut failed = None;
-        for thread in all {
-            match thread.join() {
-                Ok(Ok(leaver)) => leavers.push(leaver),
-                Ok(Err(error)) => failed = Some(error),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-            bar.at("preserving", u64::try_from(leavers.len()).unwrap_or(u64::MAX), of);
-        }
-        Ok((leavers, failed))
-    })
 }
 
 /// Everything from the first guest that stands still to the jump.
@@ -348,7 +258,9 @@ fn jump(leavers: &mut [Leaver], index: &mut Index, bar: &Bar) -> anyhow::Result<
     bar.say("synchronizing file systems");
     filesystems::sync();
     bar.done();
-    seal_all(leavers)?;
+    if let Some((_, error)) = leavers::seal_each(leavers).into_iter().next() {
+        return Err(error);
+    }
     filesystems::sync();
     // From here on nothing is written, but to memory: who does waits.
     let still = Still::hold(STILL).context("cannot make the file systems still")?;
@@ -359,19 +271,6 @@ fn jump(leavers: &mut [Leaver], index: &mut Index, bar: &Bar) -> anyhow::Result<
     };
     still.release().context("a file system stays still")?;
     Err(anyhow::Error::new(error).context("the kernel does not jump"))
-}
-
-fn seal_all(leavers: &mut [Leaver]) -> anyhow::Result<()> {
-    thread::scope(|scope| {
-        let all: Vec<_> = leavers.iter_mut().map(|leaver| scope.spawn(|| leaver.seal())).collect();
-        for thread in all {
-            match thread.join() {
-                Ok(sealed) => drop(sealed?),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        Ok(())
-    })
 }
 
 pub(crate) fn rehearse(arguments: &cli::Rehearse) -> anyhow::Result<ExitCode> {

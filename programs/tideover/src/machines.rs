@@ -49,9 +49,14 @@ pub(crate) fn directory() -> PathBuf {
 /// The directory, made if it is not there. That it is private is checked where a socket is made in it.
 pub(crate) fn make_directory() -> anyhow::Result<PathBuf> {
     let directory = directory();
-    let made = DirBuilder::new().mode(0o700).recursive(true).create(&directory);
-    made.with_context(|| format!("cannot make the directory {}", directory.display()))?;
+    make(&directory)?;
     Ok(directory)
+}
+
+/// Makes a private directory if it is not there.
+pub(crate) fn make(directory: &Path) -> anyhow::Result<()> {
+    let made = DirBuilder::new().mode(0o700).recursive(true).create(directory);
+    made.with_context(|| format!("cannot make the directory {}", directory.display()))
 }
 
 /// Checks a name before a file is called so.

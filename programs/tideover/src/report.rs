@@ -56,6 +56,9 @@ fn told(report: &KexecReport) -> String {
         "{}: runs in process {}; the guest stood still for {pause}{sure}{seen}\n",
         report.name, report.pid
     );
+    if let Some(us) = report.shutdown_us {
+        text += &format!("  before that, the host was shut down for {}, while the guest ran\n", millis(us));
+    }
     for (phase, us) in &report.phases_us {
         text += &format!("  {:<18} {:>14}\n", phase.replace('_', " "), millis(*us));
     }
@@ -78,6 +81,7 @@ mod tests {
         let report = KexecReport {
             name: "web1".to_owned(),
             pid: 7,
+            shutdown_us: Some(9_000_000.0),
             pause_us: Some(2_000_000.0),
             clock: Some("tsc".to_owned()),
             uncertain_us: Some(50.0),
@@ -91,6 +95,7 @@ mod tests {
         assert!(text.starts_with(
             "web1: runs in process 7; the guest stood still for 2000.00 ms, give or take 0.05 ms\n"
         ));
+        assert!(text.contains("was shut down for 9000.00 ms, while the guest ran\n"), "{text}");
         assert!(text.contains("  first instruction         0.09 ms\n"), "{text}");
         assert!(text.ends_with("the guest's clock is 1.50 ms behind\n"), "{text}");
         let unsure = KexecReport { clock: Some("realtime".to_owned()), ..report };

@@ -10,6 +10,7 @@ use tracing::debug;
 
 use crate::cli::Life;
 use crate::cli::Vmm;
+use crate::keeper;
 
 pub(crate) fn vmm(arguments: Vmm) -> anyhow::Result<ExitCode> {
     // A successor is executed through a descriptor, and would be called by its number.
@@ -27,6 +28,8 @@ pub(crate) fn vmm(arguments: Vmm) -> anyhow::Result<ExitCode> {
             ::vmm::run(&serde_json::from_str(&spec)?, programs, waits)?;
         }
         Life::Hold => ::vmm::hold()?,
+        Life::Keep => keeper::keep()?,
+        Life::Seal => keeper::seal()?,
         Life::Succeed { connect, handoff } => {
             let start =
                 connect.map(Start::Connect).or(handoff.map(Start::Executed)).unwrap_or(Start::Started);

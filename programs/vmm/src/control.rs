@@ -414,6 +414,9 @@ pub struct CheckReport {
 /// What was done for a kexec while the guest ran.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct PreservedReport {
+    /// The process that runs it, and obeys nobody else by now.
+    #[serde(default)]
+    pub pid: u32,
     /// Bytes of all of the machine's memory.
     pub bytes: u64,
     /// Filling holes, and freezing, in microseconds.
@@ -438,6 +441,9 @@ pub struct KexecReport {
     pub name: String,
     /// The process that runs it under the new kernel.
     pub pid: u32,
+    /// How long the host was shut down before that, while the guest ran, in microseconds; `None` if it was not.
+    #[serde(default)]
+    pub shutdown_us: Option<f64>,
     /// From the last instruction under the old kernel to the first under the new one, in microseconds.
     pub pause_us: Option<f64>,
     /// By which clock that is known: `tsc`, or `realtime`, which is right to a second.

@@ -88,9 +88,12 @@ impl Crossing {
         }
         let pause = self.when.at("stopped").zip(self.when.at("entered"));
         let pause = pause.map(|(stopped, entered)| rate.elapsed(&stopped, &entered));
+        let shutdown = self.when.at("asked").zip(self.when.at("stopped"));
+        let shutdown = shutdown.map(|(asked, stopped)| rate.elapsed(&asked, &stopped));
         KexecReport {
             name: name.to_owned(),
             pid: process::id(),
+            shutdown_us: shutdown.map(|shutdown| measure::micros(shutdown.ns)),
             pause_us: pause.map(|pause| measure::micros(pause.ns)),
             clock: pause.map(|pause| pause.by.name().to_owned()),
             uncertain_us: pause.map(|pause| measure::micros(pause.off_ns)),

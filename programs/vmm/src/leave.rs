@@ -141,6 +141,7 @@ fn tell(channel: &Channel, answer: &Answer) {
 
 fn report(preserved: kexec::Preserved) -> PreservedReport {
     PreservedReport {
+        pid: std::process::id(),
         bytes: preserved.bytes,
         fill_us: measure::micros_of(preserved.fill),
         kernel_us: measure::micros_of(preserved.kernel),
