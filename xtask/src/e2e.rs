@@ -6,6 +6,7 @@ mod image;
 mod kernel;
 mod machine;
 mod programs;
+mod systemd;
 
 use std::path::Path;
 use std::path::PathBuf;
@@ -157,9 +158,11 @@ fn prepare(options: &Options) -> Result<Ready> {
 fn run_case(case: &Case, kernel: &Path, image: &Path, patience: Duration, options: &Options) -> Result<()> {
     ensure!(!patience.is_zero(), "the time for all cases is over");
     let disk = if case.disk { Some(disk::make(case.name)?) } else { None };
+    let systemd = if case.systemd { Some(systemd::make(kernel)?) } else { None };
     let host = Host {
         kernel,
         image,
+        systemd: systemd.as_deref(),
         memory_mib: case.memory_mib,
         disk: disk.as_deref(),
         case: case.name,

@@ -45,10 +45,13 @@ pub(crate) struct Life {
     initrd_bytes: u64,
 }
 
+/// How the command line of a host says that it has no such file system: it starts from a disk.
+const NO_INITRD: u64 = 0;
+
 /// What the host boots next.
 pub(crate) struct Next {
     pub(crate) kernel: &'static Path,
-    pub(crate) initrd: &'static Path,
+    pub(crate) initrd: Option<&'static Path>,
     pub(crate) command_line: String,
 }
 
@@ -78,8 +81,9 @@ impl Life {
 
     /// What the next life is to be booted from: this one's kernel, and the same first process.
     pub(crate) fn next(&self) -> anyhow::Result<Next> {
-        let (kernel, initrd) = (Path::new(KERNEL), Path::new(INITRD));
-        if !initrd.exists() {
+        let kernel = Path::new(KERNEL);
+        let initrd = (self.initrd_bytes != NO_INITRD).then_some(Path::new(INITRD));
+        if initrd.is_some_and(|initrd| !initrd.exists()) {
             let mut disk = std::io::Read::take(File::open(INITRD_DISK)?, self.initrd_bytes);
             std::io::copy(&mut disk, &mut File::create(INITRD)?).context("cannot copy the file system")?;
         }
@@ -96,6 +100,11 @@ impl Life {
 /// What stands behind a name in a command line.
 fn word<'a>(command_line: &'a str, name: &str) -> Option<&'a str> {
     command_line.split_whitespace().find_map(|word| word.strip_prefix(name))
+}
+
+/// Whether systemd is the first process, and has done what is done here otherwise.
+pub(crate) fn has_service_manager() -> bool {
+    Path::new("/run/systemd/system").is_dir()
 }
 
 /// Mounts what every Linux has.
@@ -143,7 +152,7 @@ fn tsc_khz() -> anyhow::Result<u32> {
 /// Has this host boot its kernel again, by kexec.
 pub(crate) fn next_life(life: &Life) -> anyhow::Result<()> {
     let next = life.next()?;
-    let (kernel, initrd) = (File::open(next.kernel)?, File::open(next.initrd)?);
-    liveupdate::kexec::load(kernel.as_fd(), Some(initrd.as_fd()), &next.command_line)?;
+    let (kernel, initrd) = (File::open(next.kernel)?, next.initrd.map(File::open).transpose()?);
+    liveupdate::kexec::load(kernel.as_fd(), initrd.as_ref().map(File::as_fd), &next.command_line)?;
     match liveupdate::kexec::execute()? {}
 }

@@ -6,12 +6,16 @@ mod demo;
 mod device;
 mod kexec;
 mod kexec_linux;
+mod kexec_systemd;
 mod kills;
 mod linux;
 mod machine;
 mod memfd;
 
 use anyhow::bail;
+
+pub(crate) use self::kexec_systemd::LINGER;
+pub(crate) use self::kexec_systemd::linger;
 
 use crate::boot::Life;
 
@@ -22,6 +26,8 @@ pub(crate) enum Then {
     End,
     /// The same kernel, booted by kexec.
     NextLife,
+    /// The same, booted by the host's service manager, which was asked to.
+    Orderly,
 }
 
 /// A case, which is run once in each life of its host.
@@ -38,6 +44,7 @@ const CASES: &[(&str, Case)] = &[
     ("kexec-kills", kills::run),
     ("kexec-linux", kexec_linux::run),
     ("kexec-small-pages", kexec::small_pages),
+    ("kexec-systemd", kexec_systemd::run),
     ("kexec-twenty", kexec::twenty),
     ("linux", linux::run),
     ("machine", machine::run),

@@ -1,5 +1,6 @@
-//! The first process of an emulated host. The kernel's command line names the case that it runs, and which of the
-//! host's lives this is: a case may have the host boot its kernel again, by kexec, and goes on after it.
+//! The first process of an emulated host, or a service in one that has systemd. The kernel's command line names the case
+//! that it runs, and which of the host's lives this is: a case may have the host boot its kernel again, by kexec, and goes
+//! on after it.
 //!
 //! It says how it went on the console, in lines that begin with `e2e:`, and turns the host off.
 #![forbid(unsafe_code)]
@@ -22,14 +23,18 @@ fn main() -> ExitCode {
     if let Some(code) = roles::play() {
         return code;
     }
-    if std::process::id() != 1 {
+    if std::env::args().nth(1).is_some_and(|word| word == cases::LINGER) {
+        return cases::linger();
+    }
+    if std::process::id() != 1 && !boot::has_service_manager() {
         eprintln!(
             "this is the first process of an emulated host, and does nothing elsewhere: cargo xtask e2e"
         );
         return ExitCode::FAILURE;
     }
     match live() {
-        Ok(()) => println!("e2e: passed"),
+        Ok(Then::Orderly) => return ExitCode::SUCCESS,
+        Ok(_) => println!("e2e: passed"),
         Err(error) => {
             print!("{}", tideover::logs());
             println!("e2e: FAILED {error:#}");
@@ -43,14 +48,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn live() -> anyhow::Result<()> {
-    boot::mount().context("cannot mount the file systems")?;
+fn live() -> anyhow::Result<Then> {
+    if !boot::has_service_manager() {
+        boot::mount().context("cannot mount the file systems")?;
+    }
     let life = Life::read()?;
     boot::await_tsc()?;
     println!("e2e: life {} of {}", life.number, life.case);
     let case = cases::find(&life.case)?;
     match case(&life).with_context(|| format!("in life {}", life.number))? {
-        Then::End => Ok(()),
-        Then::NextLife => boot::next_life(&life),
+        Then::NextLife => boot::next_life(&life).map(|()| Then::End),
+        then => Ok(then),
     }
 }

@@ -48,6 +48,15 @@ pub(crate) fn output(arguments: &[&str]) -> anyhow::Result<Output> {
     command(arguments).output().with_context(|| format!("cannot run {PROGRAM}"))
 }
 
+/// Runs a verb that has to fail with this exit code, and finds programs here first; gives what it complains.
+pub(crate) fn fails(arguments: &[&str], code: i32, programs: &Path) -> anyhow::Result<String> {
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
+    let output = command(arguments).env("PATH", path).output().context("cannot run a verb")?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.code() == Some(code), "{}: {}: {said}", arguments.join(" "), output.status);
+    Ok(said)
+}
+
 /// Runs a verb that has to succeed, and gives what it says.
 pub(crate) fn run(arguments: &[&str]) -> anyhow::Result<String> {
     let output = output(arguments)?;

@@ -10,6 +10,8 @@ pub(crate) struct Case {
     pub(crate) memory_mib: u32,
     /// A second disk, with a file system, which outlives the host's kernels.
     pub(crate) disk: bool,
+    /// It starts from a disk with systemd.
+    pub(crate) systemd: bool,
     /// How long it may take, in seconds: several times what it takes where nothing else runs.
     pub(crate) timeout_s: u64,
     /// CI runs it.
@@ -18,11 +20,15 @@ pub(crate) struct Case {
 
 impl Case {
     const fn new(name: &'static str, about: &'static str, memory_mib: u32, timeout_s: u64) -> Self {
-        Self { name, about, memory_mib, disk: false, timeout_s, smoke: false }
+        Self { name, about, memory_mib, disk: false, systemd: false, timeout_s, smoke: false }
     }
 
     const fn with_disk(self) -> Self {
         Self { disk: true, ..self }
+    }
+
+    const fn with_systemd(self) -> Self {
+        Self { systemd: true, ..self }
     }
 
     const fn in_ci(self) -> Self {
@@ -44,6 +50,7 @@ pub(crate) const CASES: &[Case] = &[
         .in_ci(),
     Case::new("kexec-small-pages", "pages of 4 KiB, of which the guest has touched some", 1024, 300),
     Case::new("kexec-twenty", "a machine through twenty kernels", 1024, 1500),
+    Case::new("kexec-systemd", "systemd shuts the host down before its kexec", 1024, 600).with_systemd(),
     Case::new("linux", "Linux is updated while it checks its memory and disk (updates=2)", 1024, 180)
         .with_disk(),
     Case::new("machine", "a machine is updated by both carriers", 1024, 120).in_ci(),

@@ -68,7 +68,7 @@ fn system(folders: &[&str], programs: &[(PathBuf, &str)], files: &[(&Path, &str)
 }
 
 /// A copy without what only a debugger reads: the next kernel starts in little memory.
-fn stripped(program: &Path) -> Result<PathBuf> {
+pub(super) fn stripped(program: &Path) -> Result<PathBuf> {
     let copy = program.with_extension("stripped");
     let status = Command::new("strip").arg("-o").arg(&copy).arg(program).status();
     ensure!(status.context("strip cannot be run: it is in Debian's binutils")?.success(), "strip failed");

@@ -37,7 +37,7 @@ pub(crate) fn kept_or_built(build: bool) -> Result<Option<PathBuf>> {
     Ok(Some(kernel))
 }
 
-fn cache_folder() -> Result<PathBuf> {
+pub(super) fn cache_folder() -> Result<PathBuf> {
     let set = std::env::var_os("XDG_CACHE_HOME").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
     Ok(set.or_else(home).context("neither XDG_CACHE_HOME nor HOME is set")?.join("tideover/e2e"))
@@ -75,7 +75,7 @@ fn has_all(fragment: &Path, config: &Path) -> Result<()> {
 
 /// The newest kernel's source, unpacked.
 fn fetch(cache: &Path) -> Result<PathBuf> {
-    let apt = Apt::set_up(cache)?;
+    let apt = Apt::set_up(&cache.join("apt"), SUITE)?;
     let package = apt.newest_source()?;
     println!("e2e: fetching {package}");
     let folder = cache.join("source");
@@ -95,35 +95,42 @@ fn fetch(cache: &Path) -> Result<PathBuf> {
     Ok(folder.join(package))
 }
 
-/// apt-get with lists and a cache of its own: the machine's own stay as they are.
-struct Apt {
-    configuration: PathBuf,
+/// apt-get with lists and a cache of its own, for which nothing is installed: the machine's own stay as they are.
+pub(super) struct Apt {
+    folder: PathBuf,
 }
 
 impl Apt {
-    fn set_up(cache: &Path) -> Result<Self> {
-        let apt = cache.join("apt");
-        for folder in ["lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(apt.join(folder))?;
+    pub(super) fn set_up(folder: &Path, suite: &str) -> Result<Self> {
+        for folder in ["lists/partial", "cache/archives/partial"].map(|below| folder.join(below)) {
+            fs::create_dir_all(folder)?;
         }
-        let sources = apt.join("sources.list");
-        fs::write(&sources, format!("deb {} {SUITE} main\n", mirror()?))?;
-        let configuration = apt.join("apt.conf");
-        let shown = apt.display();
+        fs::write(folder.join("sources.list"), format!("deb {} {suite} main\n", mirror()?))?;
+        fs::write(folder.join("status"), "")?;
+        let shown = folder.display();
         let text = format!(
-            "Dir::Etc::sourcelist \"{}\";\nDir::Etc::sourceparts \"-\";\nDir::State::lists \"{shown}/lists\";\n\
-             Dir::Cache \"{shown}/cache\";\nAPT::Sandbox::User \"root\";\n",
-            sources.display()
+            "Dir::Etc::sourcelist \"{shown}/sources.list\";\nDir::Etc::sourceparts \"-\";\n\
+             Dir::State::lists \"{shown}/lists\";\nDir::State::status \"{shown}/status\";\n\
+             Dir::Cache \"{shown}/cache\";\nAPT::Sandbox::User \"root\";\n"
         );
-        fs::write(&configuration, text)?;
-        let apt = Self { configuration };
+        let apt = Self { folder: folder.to_owned() };
+        fs::write(apt.configuration(), text)?;
         succeed(apt.command("apt-get").args(["-q", "update"]), "apt-get update")?;
         Ok(apt)
     }
 
-    fn command(&self, program: &str) -> Command {
+    fn configuration(&self) -> PathBuf {
+        self.folder.join("apt.conf")
+    }
+
+    /// Where packages are that were fetched.
+    pub(super) fn archives(&self) -> PathBuf {
+        self.folder.join("cache/archives")
+    }
+
+    pub(super) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.arg("-c").arg(&self.configuration).stdin(Stdio::null());
+        command.arg("-c").arg(self.configuration()).stdin(Stdio::null());
         command
     }
 
@@ -154,7 +161,7 @@ fn mirror() -> Result<String> {
 }
 
 /// Runs a command, whose output is shown only if it fails.
-fn succeed(command: &mut Command, what: &str) -> Result<()> {
+pub(super) fn succeed(command: &mut Command, what: &str) -> Result<()> {
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("{what} cannot be run"))?;
     if output.status.success() {
         return Ok(());

@@ -30,6 +30,8 @@ const TSC: &str = "tsc=reliable setcpuid=constant_tsc";
 pub(crate) struct Host<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) image: &'a Path,
+    /// The disk that it starts from in place of the image, if it has systemd.
+    pub(crate) systemd: Option<&'a Path>,
     pub(crate) memory_mib: u32,
     /// One that it may write to: the second.
     pub(crate) disk: Option<&'a Path>,
@@ -64,14 +66,17 @@ impl Host<'_> {
     }
 
     fn command(&self) -> Result<Command> {
-        let bytes = std::fs::metadata(self.image)?.len();
+        let bytes = if self.systemd.is_some() { 0 } else { std::fs::metadata(self.image)?.len() };
         let with = |(name, value): &(String, String)| format!(" e2e.with.{name}={value}");
         let with: String = self.with.iter().map(with).collect();
-        let told = format!(
+        let mut told = format!(
             "console=ttyS0 panic=-1 {TSC} kho=on kho_scratch=32M,96M,32M liveupdate=on e2e.case={} e2e.life=1 \
              e2e.initrd={bytes}{with}",
             self.case
         );
+        if self.systemd.is_some() {
+            told += " root=/dev/vda rw systemd.show_status=no";
+        }
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-accel", TCG, "-cpu", "max", "-smp", "2", "-m"])
@@ -79,12 +84,18 @@ impl Host<'_> {
             .args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot", "-net", "none"])
             .arg("-kernel")
             .arg(self.kernel)
-            .arg("-initrd")
-            .arg(self.image)
-            .args(["-append", &told, "-drive"])
-            .arg(format!("file={},format=raw,if=virtio,readonly=on", self.image.display()))
+            .args(["-append", &told])
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
+        let drive = match self.systemd {
+            // It ends with the host: nothing has to last.
+            Some(disk) => format!("file={},format=raw,if=virtio,cache=unsafe", disk.display()),
+            None => {
+                command.arg("-initrd").arg(self.image);
+                format!("file={},format=raw,if=virtio,readonly=on", self.image.display())
+            }
+        };
+        command.args(["-drive", &drive]);
         if let Some(disk) = self.disk {
             // It ends with the host: nothing has to last.
             command.arg("-drive").arg(format!("file={},format=raw,if=virtio,cache=unsafe", disk.display()));

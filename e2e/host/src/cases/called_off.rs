@@ -61,7 +61,7 @@ fn kexec(next: &Next) -> anyhow::Result<Vec<&str>> {
         "--kernel",
         path(next.kernel)?,
         "--initrd",
-        path(next.initrd)?,
+        path(next.initrd.context("no initial file system")?)?,
         "--cmdline",
         &next.command_line,
         "--now",

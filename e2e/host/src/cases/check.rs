@@ -49,7 +49,7 @@ fn finds(found: &Value, id: &str, level: &str, words: &str) -> anyhow::Result<()
 
 fn all_is_well(next: &Next) -> anyhow::Result<()> {
     let path = |path: &'static std::path::Path| path.to_str().context("a path that is not UTF-8");
-    let (kernel, initrd) = (path(next.kernel)?, path(next.initrd)?);
+    let (kernel, initrd) = (path(next.kernel)?, path(next.initrd.context("no initial file system")?)?);
     let arguments = ["--kernel", kernel, "--initrd", initrd, "--cmdline", &next.command_line];
     println!("{}", tideover::run(&[&["check"], &arguments[..]].concat())?);
     let found = check(&arguments)?;

@@ -73,11 +73,19 @@ impl Plan<'_> {
     }
 }
 
-/// The verb that has the command boot the next life.
-fn verb(next: &Next) -> anyhow::Result<[&str; 8]> {
+/// The verb that has the command boot the next life, at once.
+fn verb(next: &Next) -> anyhow::Result<Vec<&str>> {
+    Ok([&orderly(next)?[..], &["--now"]].concat())
+}
+
+/// The same, by the host's service manager.
+pub(super) fn orderly(next: &Next) -> anyhow::Result<Vec<&str>> {
     let path = |path: &'static Path| path.to_str().context("a path that is not UTF-8");
-    let (kernel, initrd) = (path(next.kernel)?, path(next.initrd)?);
-    Ok(["kexec", "--kernel", kernel, "--initrd", initrd, "--cmdline", &next.command_line, "--now"])
+    let mut verb = vec!["kexec", "--kernel", path(next.kernel)?, "--cmdline", &next.command_line];
+    if let Some(initrd) = next.initrd {
+        verb.extend(["--initrd", path(initrd)?]);
+    }
+    Ok(verb)
 }
 
 /// Has the command boot the next life: it comes back only if it cannot.
@@ -116,7 +124,7 @@ fn arrive(life: &Life, names: &[String]) -> anyhow::Result<()> {
 }
 
 /// The guest counted on, its clock is right, and the parts of the pause are all of it.
-fn is_sound(report: &Value) -> anyhow::Result<()> {
+pub(super) fn is_sound(report: &Value) -> anyhow::Result<()> {
     ensure!(
         number(report, "ticks_after")? > number(report, "ticks_before")?,
         "it does not count on: {report}"
