@@ -5,6 +5,8 @@
 //! guests are to stand still.
 
 use std::fs;
+use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
@@ -37,6 +39,8 @@ use crate::machines;
 
 /// Where the hook finds the keeper. Not in a directory that anyone chooses: the hook knows of none.
 const SOCKET: &str = "/run/tideover/kexec.keeper";
+/// Where the host's last words go.
+const CONSOLE: &str = "/dev/console";
 /// Where groups of processes are.
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// By which systemd knows groups that it does not kill last of all. Which one it sets depends on the kernel.
@@ -277,21 +281,37 @@ fn next(listener: &Listener) -> (Channel, Order) {
     }
 }
 
-/// The hook: has the keeper seal its machines, if there is one, and waits for that.
+/// The hook: has the keeper seal its machines, if there is one, waits for that, and says on the host's console how it went: systemd
+/// hears nothing of what it runs last.
 ///
 /// # Errors
 /// Machines that are not sealed, and so are not all of them after the kexec.
 pub(crate) fn seal() -> anyhow::Result<()> {
+    let sealed = ask_to_seal();
+    let told = match &sealed {
+        Ok(None) => return Ok(()),
+        Ok(Some(sealed)) => format!("tideover: {sealed} machines are sealed\n"),
+        Err(error) => format!("tideover: not all machines go through this kexec: {error:#}\n"),
+    };
+    if let Err(error) =
+        OpenOptions::new().write(true).open(CONSOLE).and_then(|mut it| it.write_all(told.as_bytes()))
+    {
+        debug!(%error, "nobody reads how it went");
+    }
+    sealed.map(drop)
+}
+
+/// Gives how many are sealed; `None` if nobody keeps any.
+fn ask_to_seal() -> anyhow::Result<Option<usize>> {
     let channel = match fdpass::connect(Path::new(SOCKET), Deadline::after(REQUEST)) {
         Ok(channel) => channel,
-        Err(ConnectError::Absent { .. } | ConnectError::Refused { .. }) => return Ok(()),
+        Err(ConnectError::Absent { .. } | ConnectError::Refused { .. }) => return Ok(None),
         Err(error) => return Err(error).context("cannot reach the keeper"),
     };
     channel.require_same_user().context("the keeper is not to be trusted")?;
     control::send(&channel, &Order::Seal)?;
     let sealed = control::receive(&channel, Deadline::after(SEALED)).context("the keeper does not answer")?;
     let Sealed { sealed, failed } = sealed.context("the keeper is gone")?;
-    complain!("tideover: {sealed} machines are sealed");
     ensure!(failed.is_empty(), "not sealed, and lost but for their memory: {}", failed.join("; "));
-    Ok(())
+    Ok(Some(sealed))
 }
