@@ -49,7 +49,7 @@ pub(crate) fn output(arguments: &[&str]) -> anyhow::Result<Output> {
 }
 
 /// Runs a verb that has to fail with this exit code, and finds programs here first; gives what it complains.
-pub(crate) fn fails(arguments: &[&str], code: i32, programs: &Path) -> anyhow::Result<String> {
+pub(crate) fn fails_among(arguments: &[&str], code: i32, programs: &Path) -> anyhow::Result<String> {
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
     let output = command(arguments).env("PATH", path).output().context("cannot run a verb")?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -60,7 +60,7 @@ fn is_called_off_if_refused(arguments: &[&str]) -> anyhow::Result<()> {
     fs::create_dir_all(folder)?;
     fs::write(&program, "#!/bin/sh\necho not today >&2\nexit 1\n")?;
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    let said = tideover::fails(arguments, CALLED_OFF, folder)?;
+    let said = tideover::fails_among(arguments, CALLED_OFF, folder)?;
     ensure!(said.contains("not today"), "it does not say why: {said}");
     ensure!(self::cgroup(pid)? == cgroup, "its VMM went from {cgroup} to {}", self::cgroup(pid)?);
     ensure!(!liveupdate::kexec::is_loaded()?, "a kernel stays loaded");
