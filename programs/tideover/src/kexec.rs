@@ -142,13 +142,19 @@ fn command_line(arguments: &cli::Kexec) -> anyhow::Result<String> {
         .filter(|word| !word.starts_with("BOOT_IMAGE=") && !word.starts_with("initrd="));
     let words: Vec<&str> =
         words.chain(arguments.append.iter().flat_map(|text| text.split_whitespace())).collect();
-    if !words.contains(&LIVEUPDATE) {
+    if !words.iter().any(|word| is_on(word)) {
         bail!(
             "the next kernel's command line has no {LIVEUPDATE}: it would keep the machines' memory and give it to nobody; \
              --append {LIVEUPDATE}"
         );
     }
     Ok(words.join(" "))
+}
+
+/// As the kernel reads a switch.
+fn is_on(word: &str) -> bool {
+    let value = word.strip_prefix("liveupdate=");
+    value.is_some_and(|value| value == "on" || value.starts_with(['1', 'y', 'Y', 't', 'T']))
 }
 
 /// Refuses what `tideover check` fails, and says what it warns of.
@@ -346,5 +352,20 @@ impl Rehearsed {
             status.name,
             seal.collect::<Vec<_>>().join(", ")
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_switch_is_read_as_the_kernel_reads_it() {
+        for on in ["liveupdate=on", "liveupdate=1", "liveupdate=y"] {
+            assert!(is_on(on), "{on}");
+        }
+        for off in ["liveupdate=off", "liveupdate=0", "liveupdate", "xliveupdate=on", "liveupdate="] {
+            assert!(!is_on(off), "{off}");
+        }
     }
 }
