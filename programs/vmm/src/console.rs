@@ -129,8 +129,11 @@ impl Shared {
     }
 
     fn say(&self, bytes: &[u8]) {
+        let mut output = self.output();
+        // Under the lock: who has just come, and was told where the output begins, is to have all from there.
         let is_heard = self.attached.load(Ordering::SeqCst) > 0;
-        self.output().push(bytes, if is_heard { MOST_BYTES } else { RECENT_BYTES });
+        output.push(bytes, if is_heard { MOST_BYTES } else { RECENT_BYTES });
+        drop(output);
         if is_heard {
             self.ring();
         }
@@ -221,9 +224,13 @@ impl Console {
             debug!(%error, "a console did not stay");
             return;
         }
-        let next = self.shared.output().recent(RECENT_BYTES);
-        consoles.list.push(Attached::new(Arc::new(channel), Seen { number, next, missed: 0 }));
-        consoles.count(&self.shared);
+        let mut console = Attached::new(Arc::new(channel), Seen { number, next: 0, missed: 0 });
+        {
+            let output = self.shared.output();
+            console.seen.next = output.recent(RECENT_BYTES);
+            consoles.list.push(console);
+            consoles.count(&self.shared);
+        }
         drop(consoles);
         self.shared.ring();
     }
