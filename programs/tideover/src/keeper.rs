@@ -290,7 +290,7 @@ pub(crate) fn seal() -> anyhow::Result<()> {
     let sealed = ask_to_seal();
     let told = match &sealed {
         Ok(None) => return Ok(()),
-        Ok(Some(sealed)) => format!("tideover: {sealed} machines are sealed\n"),
+        Ok(Some(sealed)) => format!("tideover: machines that are sealed: {sealed}\n"),
         Err(error) => format!("tideover: not all machines go through this kexec: {error:#}\n"),
     };
     if let Err(error) =
