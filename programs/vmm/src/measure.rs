@@ -93,10 +93,13 @@ pub(crate) fn after_update(words: Option<&MemoryWords>, before: Before, runs: Op
     Told { ticks_before, entered_ns, ticks_after, guest_pause_us, probe, held: false, kexec: None }
 }
 
-/// The longest pause that a vCPU has recorded from its number in `first` on, in nanoseconds by its own clock.
+/// The longest pause that a vCPU has recorded from its number in `first` on, in nanoseconds by its own clock. Of one that has
+/// recorded so many since that the first is not kept, nothing is known: that was the pause in question.
 fn longest_pause_ns(mailboxes: &Mailboxes<'_, MemoryWords>, first: &[u64]) -> Option<u64> {
     let of_each = mailboxes.iter().zip(first).filter_map(|(mailbox, first)| {
-        let longest = mailbox.pauses_from(*first).into_iter().map(|(_, pause)| pause.cycles).max()?;
+        let pauses = mailbox.pauses_from(*first);
+        pauses.first().filter(|(number, _)| number == first)?;
+        let longest = pauses.into_iter().map(|(_, pause)| pause.cycles).max()?;
         mailbox.nanoseconds(longest)
     });
     of_each.max()
