@@ -166,6 +166,7 @@ fn run_case(case: &Case, kernel: &Path, image: &Path, patience: Duration, option
         memory_mib: case.memory_mib,
         disk: disk.as_deref(),
         case: case.name,
+        parameters: case.parameters,
         with: &options.with,
         verbose: options.verbose,
     };

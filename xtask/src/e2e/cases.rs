@@ -16,11 +16,19 @@ pub(crate) struct Case {
     pub(crate) timeout_s: u64,
     /// CI runs it.
     pub(crate) smoke: bool,
+    /// What its kernels are told besides.
+    pub(crate) parameters: &'static str,
 }
+
+/// With nested page tables the emulator now and then takes a page of another guest, or none, for one of the tables of the guest that it
+/// enters, if several take turns on a processor: the guest ends with a triple fault, and its memory is whole. QEMU 7.2 does so
+/// in every second run or so of eight guests; with shadow page tables it was not seen to.
+const SHADOW_PAGES: &str = "kvm_amd.npt=0";
 
 impl Case {
     const fn new(name: &'static str, about: &'static str, memory_mib: u32, timeout_s: u64) -> Self {
-        Self { name, about, memory_mib, disk: false, systemd: false, timeout_s, smoke: false }
+        let (disk, systemd, smoke) = (false, false, false);
+        Self { name, about, memory_mib, disk, systemd, timeout_s, smoke, parameters: "" }
     }
 
     const fn with_disk(self) -> Self {
@@ -29,6 +37,10 @@ impl Case {
 
     const fn with_systemd(self) -> Self {
         Self { systemd: true, ..self }
+    }
+
+    const fn told(self, parameters: &'static str) -> Self {
+        Self { parameters, ..self }
     }
 
     const fn in_ci(self) -> Self {
@@ -42,7 +54,7 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("device", "what /dev/liveupdate answers", 768, 60).in_ci(),
     Case::new("kexec", "a machine lives through two kernels", 1024, 240).in_ci(),
     Case::new("kexec-called-off", "a kexec that does not come about leaves nothing behind", 1024, 900),
-    Case::new("kexec-eight", "eight machines at once", 1024, 300),
+    Case::new("kexec-eight", "eight machines at once", 1024, 600).told(SHADOW_PAGES),
     Case::new("kexec-gib", "a machine of 1 GiB through three kernels", 2560, 600),
     Case::new("kexec-kills", "holders and VMMs are killed at each step after a kexec", 1280, 900),
     Case::new("kexec-linux", "Linux as a guest, its disk, and the host's file system", 1024, 360)

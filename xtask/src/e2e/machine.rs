@@ -36,6 +36,8 @@ pub(crate) struct Host<'a> {
     /// One that it may write to: the second.
     pub(crate) disk: Option<&'a Path>,
     pub(crate) case: &'a str,
+    /// What its kernels are told besides.
+    pub(crate) parameters: &'a str,
     /// What the case is told besides.
     pub(crate) with: &'a [(String, String)],
     pub(crate) verbose: bool,
@@ -71,8 +73,8 @@ impl Host<'_> {
         let with: String = self.with.iter().map(with).collect();
         let mut told = format!(
             "console=ttyS0 panic=-1 {TSC} kho=on kho_scratch=32M,96M,32M liveupdate=on e2e.case={} e2e.life=1 \
-             e2e.initrd={bytes}{with}",
-            self.case
+             e2e.initrd={bytes}{with} {}",
+            self.case, self.parameters
         );
         if self.systemd.is_some() {
             told += " root=/dev/vda rw systemd.show_status=no";
