@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 
 use abi::Malformed;
 use abi::arena::OwnershipState;
-use fdpass::Channel;
 use liveupdate::Incoming;
 use liveupdate::RetrieveError;
 use liveupdate::Unfinished;
@@ -16,10 +15,10 @@ use machine::update::Step;
 use region::OutOfRange;
 use region::RegionError;
 use region::liveness::LivenessError;
+use socket::Agreed;
 use socket::Custody;
 use socket::Passed;
 use socket::Reason;
-use socket::Timeouts;
 use thiserror::Error;
 
 use crate::FIRST_REGION_TOKEN;
@@ -180,31 +179,21 @@ impl Kept {
         self.regions.revoke(&self.note)
     }
 
-    /// Gives the machine, which has to [stand](Self::standing) ready, to the successor at the other end of `channel`. `vmm`
-    /// is what its VMM is told.
+    /// Gives the machine, which has to [stand](Self::standing) ready, to a successor that agreed to the note's
+    /// [prospect](Note::prospect).
+    /// `vmm` is what its VMM is told besides.
     ///
     /// # Errors
     /// [`Reason`]: how the machine stands then, is to be asked.
     pub fn pass_on(
         &self,
-        channel: &Channel,
+        agreed: Agreed,
         (sealed, claimed): (u32, Option<OwnershipWord>),
         vmm: serde_json::Value,
-        timeouts: Timeouts,
         told: &mut dyn FnMut(Step),
     ) -> Result<Passed, Reason> {
-        let fds = self.regions.fds.iter().map(OwnedFd::as_fd);
-        let regions = fds.zip(self.note.regions.iter().copied());
-        let custody = Custody {
-            identity: self.note.identity.clone(),
-            formats: self.note.formats.clone(),
-            regions: regions.collect(),
-            sealed,
-            claimed,
-            vmm,
-            timeouts,
-        };
-        socket::pass_on(channel, &custody, told)
+        let regions = self.regions.fds.iter().map(OwnedFd::as_fd).collect();
+        agreed.pass_on(Custody { regions, sealed, claimed, vmm }, told)
     }
 
     /// The machine runs, or is given up: ends the session. What nobody else has open is gone.

@@ -13,6 +13,8 @@ use region::RegionError;
 use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use socket::Prospect;
+use socket::Timeouts;
 use thiserror::Error;
 
 use crate::When;
@@ -43,6 +45,15 @@ pub struct Note {
     /// Its seal. Without one its vCPUs' state is lost.
     #[serde(default)]
     pub sealed: Option<Sealed>,
+}
+
+impl Note {
+    /// What a successor is told of the machine before its memory is here; `vmm` is what its VMM is told.
+    pub fn prospect(&self, vmm: serde_json::Value, timeouts: Timeouts) -> Prospect {
+        let (identity, formats, regions) =
+            (self.identity.clone(), self.formats.clone(), self.regions.clone());
+        Prospect { identity, formats, regions, vmm, timeouts }
+    }
 }
 
 /// A machine's seal.

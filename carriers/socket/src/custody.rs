@@ -16,24 +16,42 @@ use crate::message::Message;
 use crate::predecessor::Reason;
 use crate::proposal::Proposal;
 
-/// A sealed machine that came through a kexec, in the hands of a process that cannot run it.
-#[derive(Debug)]
-pub struct Custody<'a> {
+/// What is known of a sealed machine that came through a kexec before any of its memory is here.
+#[derive(Debug, Clone)]
+pub struct Prospect {
     /// The machine's identity, as it is written.
     pub identity: String,
     /// All formats that the successor has to be able to read.
     pub formats: Vec<String>,
-    /// The regions, region 0 first, and the bytes of each. A kernel has made them again: their files are others than
-    /// the machine's metadata tells of.
-    pub regions: Vec<(BorrowedFd<'a>, u64)>,
-    /// Epoch of the seal.
-    pub sealed: u32,
-    /// The ownership word, if a successor claimed the machine and died before it ran it.
-    pub claimed: Option<OwnershipWord>,
+    /// Bytes of each region, region 0 first.
+    pub regions: Vec<u64>,
     /// What the VMM that sealed it told its successor.
     pub vmm: serde_json::Value,
     /// How long to wait.
     pub timeouts: Timeouts,
+}
+
+/// A successor that knows what it is to get, can read it, and waits for it.
+#[derive(Debug)]
+pub struct Agreed {
+    channel: Channel,
+    successor_pid: u32,
+    timeline: Timeline,
+    timeouts: Timeouts,
+}
+
+/// A sealed machine in the hands of a process that cannot run it.
+#[derive(Debug)]
+pub struct Custody<'a> {
+    /// The regions, region 0 first. A kernel has made them again: their files are others than the machine's metadata
+    /// tells of.
+    pub regions: Vec<BorrowedFd<'a>>,
+    /// Epoch of the seal.
+    pub sealed: u32,
+    /// The ownership word, if a successor claimed the machine and died before it ran it.
+    pub claimed: Option<OwnershipWord>,
+    /// What the successor's VMM is told that was not known yet when it agreed.
+    pub vmm: serde_json::Value,
 }
 
 /// A machine that was passed on.
@@ -49,54 +67,54 @@ pub struct Passed {
     pub vmm: serde_json::Value,
 }
 
-/// Gives the machine to the successor at the other end of `channel`, and waits until it has settled.
-///
-/// # Errors
-/// [`Reason`]: whether the successor runs the machine all the same, its ownership word tells.
-pub fn pass_on(
-    channel: &Channel,
-    custody: &Custody<'_>,
-    told: &mut dyn FnMut(Step),
-) -> Result<Passed, Reason> {
-    let deadline = Deadline::after(custody.timeouts.prepare);
-    let link = |step| move |source| Reason::Link { step, source };
-    channel.require_same_user().map_err(Reason::Peer)?;
-    let mut timeline = Timeline::default();
-    let mut reached = |step| {
-        timeline.note(step, monotonic_ns());
-        told(step);
-    };
-    let successor_pid = custody.proposal().agree(channel, &mut reached, deadline)?;
-    for some in custody.regions.chunks(MAX_MESSAGE_FDS) {
-        let fds: Vec<BorrowedFd<'_>> = some.iter().map(|(fd, _)| *fd).collect();
-        message::send(channel, &Message::Memory, &fds, deadline).map_err(link(Step::Received))?;
+impl Prospect {
+    /// Offers the machine to the successor at the other end of `channel`, which prepares what it can without the memory.
+    ///
+    /// # Errors
+    /// [`Reason`]
+    pub fn offer(self, channel: Channel) -> Result<Agreed, Reason> {
+        let Self { identity, formats, regions, vmm, timeouts } = self;
+        let deadline = Deadline::after(timeouts.prepare);
+        channel.require_same_user().map_err(Reason::Peer)?;
+        let mut timeline = Timeline::default();
+        let mut reached = |step| timeline.note(step, monotonic_ns());
+        let proposal = Proposal { identity, formats, regions, descriptors: 0, vmm, made_again: true };
+        let successor_pid = proposal.agree(&channel, &mut reached, deadline)?;
+        Ok(Agreed { channel, successor_pid, timeline, timeouts })
     }
-    message::receive(channel, "warm", deadline).map_err(link(Step::Warm))?;
-    reached(Step::Warm);
-    let claimed = custody.claimed.map(OwnershipWord::bits);
-    let sealed = Message::Sealed { epoch: custody.sealed, claimed };
-    message::send(channel, &sealed, &[], deadline).map_err(link(Step::Claimed))?;
-    message::receive(channel, "running", deadline).map_err(link(Step::Running))?;
-    reached(Step::Running);
-    let settled = message::receive(channel, "settled", deadline).map_err(link(Step::Settled))?;
-    reached(Step::Settled);
-    let Message::Settled { unclaimed, vmm, steps } = settled else {
-        return Err(link(Step::Settled)(message::LinkError::Closed));
-    };
-    let known = steps.iter().filter_map(|(name, at)| Some((Step::named(name)?, *at)));
-    known.for_each(|(step, at)| timeline.note(step, at));
-    Ok(Passed { successor_pid, timeline, unclaimed, vmm })
 }
 
-impl Custody<'_> {
-    fn proposal(&self) -> Proposal {
-        Proposal {
-            identity: self.identity.clone(),
-            formats: self.formats.clone(),
-            regions: self.regions.iter().map(|(_, len_bytes)| *len_bytes).collect(),
-            descriptors: 0,
-            vmm: self.vmm.clone(),
-            made_again: true,
+impl Agreed {
+    /// Gives the machine to the successor, which refuses another number of regions than was offered, and waits until it has
+    /// settled.
+    ///
+    /// # Errors
+    /// [`Reason`]: whether the successor runs the machine all the same, its ownership word tells.
+    pub fn pass_on(self, custody: Custody<'_>, told: &mut dyn FnMut(Step)) -> Result<Passed, Reason> {
+        let Self { channel, successor_pid, mut timeline, timeouts } = self;
+        let Custody { regions, sealed, claimed, vmm } = custody;
+        let deadline = Deadline::after(timeouts.prepare);
+        let link = |step| move |source| Reason::Link { step, source };
+        let mut reached = |step| {
+            timeline.note(step, monotonic_ns());
+            told(step);
+        };
+        for some in regions.chunks(MAX_MESSAGE_FDS) {
+            message::send(&channel, &Message::Memory, some, deadline).map_err(link(Step::Received))?;
         }
+        message::receive(&channel, "warm", deadline).map_err(link(Step::Warm))?;
+        reached(Step::Warm);
+        let sealed = Message::Sealed { epoch: sealed, claimed: claimed.map(OwnershipWord::bits), vmm };
+        message::send(&channel, &sealed, &[], deadline).map_err(link(Step::Claimed))?;
+        message::receive(&channel, "running", deadline).map_err(link(Step::Running))?;
+        reached(Step::Running);
+        let settled = message::receive(&channel, "settled", deadline).map_err(link(Step::Settled))?;
+        reached(Step::Settled);
+        let Message::Settled { unclaimed, vmm, steps } = settled else {
+            return Err(link(Step::Settled)(message::LinkError::Closed));
+        };
+        let known = steps.iter().filter_map(|(name, at)| Some((Step::named(name)?, *at)));
+        known.for_each(|(step, at)| timeline.note(step, at));
+        Ok(Passed { successor_pid, timeline, unclaimed, vmm })
     }
 }

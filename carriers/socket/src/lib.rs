@@ -35,9 +35,10 @@ mod successor;
 
 use std::time::Duration;
 
+pub use custody::Agreed;
 pub use custody::Custody;
 pub use custody::Passed;
-pub use custody::pass_on;
+pub use custody::Prospect;
 use machine::update::Capabilities;
 pub use message::LinkError;
 pub use message::PROTOCOL;

@@ -54,6 +54,9 @@ pub(crate) enum Message {
         /// The ownership word of a claim whose claimant is dead: the claim is to be made again.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         claimed: Option<u64>,
+        /// What the successor's VMM is told that was not known when the machine was offered.
+        #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+        vmm: serde_json::Value,
     },
     Running {
         steps: Vec<(String, u64)>,
@@ -248,7 +251,7 @@ mod tests {
     fn messages_are_these_bytes() {
         let bytes = |message: &Message| String::from_utf8(serde_json::to_vec(message).unwrap()).unwrap();
         assert_eq!(bytes(&Message::Accept), r#"{"message":"accept"}"#);
-        let sealed = Message::Sealed { epoch: 2, claimed: None };
+        let sealed = Message::Sealed { epoch: 2, claimed: None, vmm: serde_json::Value::Null };
         assert_eq!(bytes(&sealed), r#"{"message":"sealed","epoch":2}"#);
         let steps = vec![("running".to_owned(), 5)];
         assert_eq!(bytes(&Message::Running { steps }), r#"{"message":"running","steps":[["running",5]]}"#);

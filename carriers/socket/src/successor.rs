@@ -348,10 +348,14 @@ impl Attached {
         let warm = Message::Warm { steps: steps(&self.timeline) };
         message::send(&self.channel, &warm, &[], deadline).map_err(link(Step::Warm))?;
         let sealed = match message::receive(&self.channel, "sealed", deadline) {
-            Ok(Message::Sealed { epoch, claimed }) => Seal { epoch, claimed },
+            Ok(Message::Sealed { epoch, claimed, vmm }) => {
+                self.vmm = vmm;
+                Seal { epoch, claimed }
+            }
             Ok(_) => return Err(link(Step::Sealed)(LinkError::Closed)),
             Err(LinkError::Closed) => {
                 let epoch = self.left_sealed().ok_or(link(Step::Sealed)(LinkError::Closed))?;
+                self.vmm = serde_json::Value::Null;
                 Seal { epoch, claimed: None }
             }
             Err(error) => return Err(link(Step::Sealed)(error)),
@@ -359,7 +363,8 @@ impl Attached {
         let claimed = sealed.claim(self.incoming);
         let claimed = claimed.map_err(|error| refuse(&self.channel, SuccessorError::Claim(error)))?;
         reached(&mut self.timeline, observer, Step::Claimed);
-        Ok(Handed { channel: self.channel, timeline: self.timeline, timeouts: self.timeouts, claimed })
+        let Self { channel, timeline, timeouts, vmm, .. } = self;
+        Ok(Handed { channel, timeline, timeouts, claimed, vmm })
     }
 
     /// The predecessor's end of the channel is closed: the epoch of its seal, if it sealed the machine and is dead.
@@ -388,12 +393,18 @@ pub struct Handed {
     timeline: Timeline,
     timeouts: Timeouts,
     claimed: Claimed,
+    vmm: serde_json::Value,
 }
 
 impl Handed {
     /// The states that were sealed.
     pub fn states(&self) -> &BTreeMap<StateName, Vec<u8>> {
         self.claimed.states()
+    }
+
+    /// What the predecessor's VMM tells that was not known when it offered the machine; null if there is nothing.
+    pub fn vmm(&self) -> &serde_json::Value {
+        &self.vmm
     }
 
     /// Gives up, and tells the predecessor why: it takes the machine back.

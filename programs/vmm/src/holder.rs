@@ -12,9 +12,11 @@ use std::path::PathBuf;
 use std::process;
 use std::process::Stdio;
 use std::thread;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use anyhow::anyhow;
 use anyhow::bail;
 use fdpass::Channel;
 use fdpass::Deadline;
@@ -31,7 +33,9 @@ use machine::OwnershipWord;
 use machine::update::Step;
 use serde::Deserialize;
 use serde::Serialize;
+use socket::Agreed;
 use socket::Program;
+use socket::Reason;
 use socket::Started;
 use socket::Timeouts;
 use tracing::debug;
@@ -184,8 +188,11 @@ struct Holder {
     early: Option<(Vmm, Deadline)>,
 }
 
-/// A VMM that was started, and waits at the other end of the channel.
-type Vmm = (Channel, Started);
+/// A VMM that was started, and hears meanwhile what it is to run.
+struct Vmm {
+    agreed: JoinHandle<Result<Agreed, Reason>>,
+    started: Started,
+}
 
 impl Holder {
     fn held(&self, why: &str) -> Held {
@@ -360,25 +367,17 @@ fn run(
     seal: (u32, Option<OwnershipWord>),
     early: Option<Vmm>,
 ) -> anyhow::Result<Option<KexecReport>> {
-    let note = kept.note();
-    let mut vmm = told_of(note)?;
-    // The directory may be another one in this life.
-    vmm.spec.socket = Some(hold.socket.clone());
-    hold.make_directory()?;
-    let crossing = vmm.crossing.get_or_insert_default();
-    let sealed = note.sealed.as_ref().map(|sealed| &sealed.when);
-    let whens = [sealed, Some(&hold.when), Some(kept.when())].into_iter().flatten();
-    whens.for_each(|when| crossing.when.extend(when));
-    let (channel, mut started) = early.map_or_else(|| start(note, hold), Ok)?;
+    let Vmm { agreed, mut started } = early.map_or_else(|| start(kept.note(), hold), Ok)?;
     let mut step = |step: Step| debug!(%step, "holder");
-    match kept.pass_on(&channel, seal, serde_json::to_value(vmm)?, timeouts(note), &mut step) {
+    let last = serde_json::to_value(kept.when())?;
+    let agreed = agreed.join().map_err(|_| anyhow!("the thread that offers the machine has panicked"))?;
+    match agreed.and_then(|agreed| kept.pass_on(agreed, seal, last, &mut step)) {
         Ok(passed) => {
             started.let_go();
             let told: measure::Told = serde_json::from_value(passed.vmm).unwrap_or_default();
             Ok(told.kexec)
         }
         Err(reason) => {
-            drop(channel);
             let ended = started.ended(DEATH);
             let ended = ended.map_or(String::new(), |status| format!(" (its program ended: {status})"));
             // One that runs the machine is not to be killed for its silence. Any other cannot run it from here on, however late
@@ -407,16 +406,27 @@ fn told_of(note: &Note) -> anyhow::Result<Told> {
     serde_json::from_value(note.vmm.clone()).context("cannot read what the machine's last VMM tells")
 }
 
+/// Starts a VMM, which prepares what it can before the memory is here.
 fn start(note: &Note, hold: &Hold) -> anyhow::Result<Vmm> {
-    let confine = told_of(note)?.spec.confine;
+    let mut told = told_of(note)?;
+    let confine = told.spec.confine;
+    // The directory may be another one in this life.
+    told.spec.socket = Some(hold.socket.clone());
+    hold.make_directory()?;
+    let crossing = told.crossing.get_or_insert_default();
+    let sealed = note.sealed.as_ref().map(|sealed| &sealed.when);
+    [sealed, Some(&hold.when)].into_iter().flatten().for_each(|when| crossing.when.extend(when));
+    let prospect = note.prospect(serde_json::to_value(told)?, timeouts(note));
     let path = hold.program.as_ref().unwrap_or(&note.program);
     let program = Program::open(path, std::slice::from_ref(path))?;
     let confine = (confine != Confine::No).then_some("--confine");
     let words = ["vmm", "--detach"].into_iter().chain(confine).chain(["succeed"]);
     let log = hold.log.as_ref().and_then(|log| OpenOptions::new().create(true).append(true).open(log).ok());
-    let vmm = program.start_with(words, Stdio::null(), log.map_or_else(Stdio::inherit, Stdio::from))?;
-    spare_no_vmm(vmm.1.pid());
-    Ok(vmm)
+    let log = log.map_or_else(Stdio::inherit, Stdio::from);
+    let (channel, started) = program.start_with(words, Stdio::null(), log)?;
+    spare_no_vmm(started.pid());
+    let agreed = thread::Builder::new().name("offer".to_owned()).spawn(move || prospect.offer(channel))?;
+    Ok(Vmm { agreed, started })
 }
 
 /// Who asks for something, of those who have come or come now; `None` if nobody can come here any more.

@@ -243,15 +243,20 @@ impl KvmGuest {
         parts.start(&cpuid, setup, Vec::new())
     }
 
-    /// A guest that is to be loaded: everything that does not need its state, as the predecessor describes it.
+    /// A guest that is to be loaded into this VM: everything that does not need its state, as the predecessor describes it.
     ///
     /// # Errors
     /// [`GuestError`], also if this host could not load the state that is to come.
-    pub fn prepare(setup: &Setup<'_>, vcpus: u32, told: &serde_json::Value) -> Result<Self, GuestError> {
+    pub fn prepare(
+        new: NewVm,
+        setup: &Setup<'_>,
+        vcpus: u32,
+        told: &serde_json::Value,
+    ) -> Result<Self, GuestError> {
         let told = BeforePause::deserialize(told).map_err(below("read the predecessor's description"))?;
         let cpuid = Cpuid::decode(&told.cpuid).map_err(below("read the guest's CPUID"))?;
         let contents = Contents::decode(&told.contents).map_err(below("read what the state will hold"))?;
-        let parts = Parts::make(NewVm::make()?, setup, vcpus)?;
+        let parts = Parts::make(new, setup, vcpus)?;
         for vcpu in &parts.vcpus {
             cpuid.load(vcpu).map_err(below("set CPUID"))?;
         }
@@ -516,7 +521,9 @@ mod tests {
         first.pause().unwrap();
         let good: BTreeMap<StateName, Vec<u8>> = first.save().unwrap().into_iter().collect();
         let told = first.before_pause();
-        let mut second = with_setup(&machine, 2, |setup| KvmGuest::prepare(setup, 2, &told).unwrap());
+        let mut second = with_setup(&machine, 2, |setup| {
+            KvmGuest::prepare(NewVm::make().unwrap(), setup, 2, &told).unwrap()
+        });
         let bad = good.keys().map(|name| (*name, vec![1; 64])).collect();
         assert!(second.load(&bad).is_err());
         drop(first);
@@ -564,7 +571,9 @@ mod tests {
         let good: BTreeMap<StateName, Vec<u8>> = first.save().unwrap().into_iter().collect();
         let told = first.before_pause();
         drop(first);
-        let mut second = with_setup(&machine, 1, |setup| KvmGuest::prepare(setup, 1, &told).unwrap());
+        let mut second = with_setup(&machine, 1, |setup| {
+            KvmGuest::prepare(NewVm::make().unwrap(), setup, 1, &told).unwrap()
+        });
         let devices = &good[&DEVICES_STATE];
         let name = devices.windows(6).position(|name| name == b"serial").unwrap();
         let mut other = devices.clone();

@@ -56,7 +56,8 @@ impl Vmm {
         let told = Told {
             spec: self.spec.clone(),
             before_pause: self.guest.guest.before_pause(),
-            populate: true,
+            // The guest would wait for it; and the kernel gives memory without holes.
+            populate: false,
             probe: false,
             held: self.guest.held,
             clients: Vec::new(),

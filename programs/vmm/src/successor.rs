@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use anyhow::bail;
 use exec::Handoff;
 use fdpass::monotonic_ns;
+use kexec::When;
 use liveupdate::moment::Moment;
 use liveupdate::moment::TscRate;
 use machine::Incoming;
@@ -33,6 +34,7 @@ use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::kvm_guest;
 use crate::kvm_guest::KvmGuest;
+use crate::kvm_guest::NewVm;
 use crate::kvm_guest::Setup;
 use crate::measure;
 use crate::measure::Before;
@@ -94,9 +96,11 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
 /// Takes the machine over; `None` if that was only to be rehearsed. Until it returns, nothing has happened that the
 /// predecessor could not undo.
 fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Option<(Running, Prepared)>> {
+    let told = successor.vmm().clone();
+    // Before the memory: after a kexec it takes its time to come, and the guest waits.
+    let ahead = Ahead::make(&told);
     let mut attached = successor.attach(observer)?;
-    let told = attached.vmm().clone();
-    let mut prepared = match Prepared::make(attached.incoming_mut(), &told) {
+    let mut prepared = match Prepared::make(attached.incoming_mut(), &told, ahead) {
         Ok(prepared) => prepared,
         Err(error) => {
             attached.give_up(&format!("{error:#}"));
@@ -114,6 +118,7 @@ fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Opt
         Err(error) if error.is_rehearsed() => return Ok(None),
         Err(error) => return Err(error.into()),
     };
+    prepared.hear(handed.vmm());
     if let Err(error) = prepared.guest.load(handed.states()) {
         handed.give_up(&error.to_string());
         return Err(error.into());
@@ -129,6 +134,26 @@ fn serve(mut vmm: Vmm) -> anyhow::Result<()> {
     vmm.obey()
 }
 
+/// What is ready before the memory is there. What goes wrong here does so again where it can be told.
+struct Ahead {
+    begun: Option<Moment>,
+    backends: Option<Backends>,
+    vm: Option<NewVm>,
+}
+
+impl Ahead {
+    fn make(told: &serde_json::Value) -> Self {
+        let begun = Moment::now().ok();
+        let Ok(Told { spec, crossing, .. }) = Told::deserialize(told) else {
+            return Self { begun, backends: None, vm: None };
+        };
+        let vm = (spec.guest == GuestKind::Kvm).then(NewVm::make).and_then(Result::ok);
+        // No descriptor lives through a kexec. After anything else they come with the memory.
+        let backends = crossing.and_then(|_| Backends::open(&spec).ok());
+        Self { begun, backends, vm }
+    }
+}
+
 /// What is ready before the state is there.
 struct Prepared {
     begun: Option<Moment>,
@@ -139,13 +164,13 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn make(incoming: &mut Incoming, told: &serde_json::Value) -> anyhow::Result<Self> {
-        let begun = Moment::now().ok();
+    fn make(incoming: &mut Incoming, told: &serde_json::Value, ahead: Ahead) -> anyhow::Result<Self> {
+        let Ahead { begun, backends, vm } = ahead;
         let told = Told::deserialize(told).context("cannot read what the predecessor tells")?;
         let socket = told.spec.socket.as_deref();
         let (clients, backends) = match &told.crossing {
-            // No descriptor lives through a kexec, and nobody who was connected.
-            Some(_) => (Clients::fresh(socket)?, Backends::open(&told.spec)?),
+            // Nobody who was connected is there still.
+            Some(_) => (Clients::fresh(socket)?, backends.map_or_else(|| Backends::open(&told.spec), Ok)?),
             None => {
                 let clients = Clients::adopt(incoming.fds(), &told.clients, socket)?;
                 (clients, Backends::adopt(&told.spec, incoming.fds(), &told.consoles)?)
@@ -165,11 +190,19 @@ impl Prepared {
             GuestKind::Kvm => {
                 let (spec, identity) = (&told.spec, incoming.identity());
                 let setup = Setup { spec, memory, identity, backends: &backends, health };
-                Box::new(KvmGuest::prepare(&setup, vcpus, &told.before_pause)?)
+                let vm = vm.map_or_else(NewVm::make, Ok)?;
+                Box::new(KvmGuest::prepare(vm, &setup, vcpus, &told.before_pause)?)
             }
             GuestKind::Thread => Box::new(ThreadGuest::prepare(memory, vcpus, health)?),
         };
         Ok(Self { begun, told, clients, backends, guest })
+    }
+
+    /// Takes in what the predecessor tells at last.
+    fn hear(&mut self, last: &serde_json::Value) {
+        if let (Some(crossing), Ok(when)) = (&mut self.told.crossing, When::deserialize(last)) {
+            crossing.when.extend(&when);
+        }
     }
 
     /// Lets the guest run, whose machine is this process's now.
