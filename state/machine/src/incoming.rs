@@ -332,7 +332,34 @@ impl Incoming {
         self.read_states(sealed, word)
     }
 
+    /// Claims the machine whose owner died under the word `dead` while it ran it, or whose recoverer did before that. Its
+    /// memory is as the guest left it; nothing that was saved before belongs to it any more, and nothing is read of it. To
+    /// be asked for only where no predecessor lives that could take the machine back.
+    ///
+    /// # Errors
+    /// [`ClaimError`]: also if the owner lives.
+    pub fn recover(self, dead: OwnershipWord) -> Result<Claimed, ClaimError> {
+        if self.owner_lives(dead).map_err(ClaimError::Liveness)? {
+            return Err(ClaimError::ClaimantLives);
+        }
+        let claimed = self.ownership.transition(|found| ownership::recover(found, dead, self.nonce));
+        let word = claimed.map_err(ClaimError::Ownership)?;
+        Ok(Claimed { machine: self.into_machine(word)?, states: BTreeMap::new() })
+    }
+
     fn read_states(self, sealed: u32, claimed: OwnershipWord) -> Result<Claimed, ClaimError> {
+        let machine = self.into_machine(claimed)?;
+        let mut states = BTreeMap::new();
+        for file in &machine.states {
+            let saved = file.saved().take().filter(|saved| saved.epoch == sealed);
+            let name = file.name();
+            states.insert(name, saved.ok_or(ClaimError::Stale { name })?.bytes);
+        }
+        Ok(Claimed { machine, states })
+    }
+
+    /// The machine as its session is published now.
+    fn into_machine(self, claimed: OwnershipWord) -> Result<Machine, ClaimError> {
         let (kho, luo, parts) = read_session(&self.arena, self.parts.memories).map_err(ClaimError::Attach)?;
         let table = region_table(&self.arena, self.table.len()).map_err(ClaimError::Attach)?;
         if table != self.table {
@@ -343,12 +370,6 @@ impl Incoming {
         if records(&parts.fds) != records(&self.parts.fds) {
             return Err(ClaimError::Fds);
         }
-        let mut states = BTreeMap::new();
-        for file in &parts.states {
-            let saved = file.saved().take().filter(|saved| saved.epoch == sealed);
-            let name = file.name();
-            states.insert(name, saved.ok_or(ClaimError::Stale { name })?.bytes);
-        }
         let memories = parts.memories.iter().zip(&places[1..]);
         let memories: Vec<Memory> = memories
             .map(|(inode, place)| Memory {
@@ -358,7 +379,7 @@ impl Incoming {
                 account: None,
             })
             .collect();
-        let machine = Machine {
+        Ok(Machine {
             owners: machine::owners(&memories),
             name: parts.name,
             arena: self.arena,
@@ -374,8 +395,7 @@ impl Incoming {
             settled: false,
             table_is_old: self.files == Files::MadeAgain,
             _alive: self.alive,
-        };
-        Ok(Claimed { machine, states })
+        })
     }
 }
 
@@ -392,7 +412,7 @@ impl Claimed {
         self.machine.memories()
     }
 
-    /// The states that were sealed.
+    /// The states that were sealed; none of a machine that was [recovered](Incoming::recover).
     pub fn states(&self) -> &BTreeMap<StateName, Vec<u8>> {
         &self.states
     }

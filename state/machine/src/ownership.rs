@@ -17,7 +17,8 @@
 //! predecessor and two successors, each of which may crash or stall at each step.
 //!
 //! Where the predecessor is dead for certain, as after a kexec, a claimant that died before it ran the machine is no
-//! end: the next one [claims it again](claim_again), from the dead one's word.
+//! end: the next one [claims it again](claim_again), from the dead one's word. And a machine whose owner died while it ran is
+//! [recovered](recover), without a seal: its memory is whole, and no state of its vCPUs belongs to it.
 
 use std::fmt;
 
@@ -49,6 +50,8 @@ pub enum Wanted {
     Run,
     /// SEALED or CLAIMED back to the predecessor's RUNNING.
     TakenBack,
+    /// A dead owner's RUNNING to CLAIMED.
+    Recovered,
 }
 
 impl fmt::Display for Wanted {
@@ -58,6 +61,7 @@ impl fmt::Display for Wanted {
             Self::Claimed => "claimed",
             Self::Run => "run",
             Self::TakenBack => "taken back",
+            Self::Recovered => "recovered",
         })
     }
 }
@@ -105,6 +109,18 @@ pub fn claim_again(
 ) -> Result<OwnershipWord, Lost> {
     if found != dead || found.state() != OwnershipState::Claimed {
         return Err(lost(Wanted::Claimed, found));
+    }
+    Ok(found.next(OwnershipState::Claimed, claimant))
+}
+
+/// The word after `claimant` claims a machine whose owner died, under the word `dead`, while it ran it; or whose recoverer
+/// died before it ran it.
+///
+/// # Errors
+/// [`Lost`] if `found` is not that word, or the machine is sealed: then it is to be [claimed](claim).
+pub fn recover(found: OwnershipWord, dead: OwnershipWord, claimant: Nonce) -> Result<OwnershipWord, Lost> {
+    if found != dead || found.state() == OwnershipState::Sealed {
+        return Err(lost(Wanted::Recovered, found));
     }
     Ok(found.next(OwnershipState::Claimed, claimant))
 }

@@ -37,6 +37,7 @@ struct Protocol {
     seal: fn(OwnershipWord, OwnershipWord) -> Result<OwnershipWord, Lost>,
     claim: fn(OwnershipWord, u32, Nonce) -> Result<OwnershipWord, Lost>,
     claim_again: fn(OwnershipWord, OwnershipWord, Nonce) -> Result<OwnershipWord, Lost>,
+    recover: fn(OwnershipWord, OwnershipWord, Nonce) -> Result<OwnershipWord, Lost>,
     run: fn(OwnershipWord, OwnershipWord) -> Result<OwnershipWord, Lost>,
     take_back: fn(OwnershipWord, OwnershipWord) -> Result<OwnershipWord, Lost>,
     /// Is this transition a compare-and-swap? Else it is a store.
@@ -47,6 +48,7 @@ const PROTOCOL: Protocol = Protocol {
     seal: ownership::seal,
     claim: ownership::claim,
     claim_again: ownership::claim_again,
+    recover: ownership::recover,
     run: ownership::run,
     take_back: ownership::take_back,
     swaps: |_| true,
@@ -58,6 +60,7 @@ enum Verb {
     Seal { running: OwnershipWord },
     Claim { sealed: u32 },
     ClaimAgain { dead: OwnershipWord },
+    Recover { dead: OwnershipWord },
     Run { claimed: OwnershipWord },
     TakeBack { sealed: OwnershipWord },
 }
@@ -68,6 +71,7 @@ impl Protocol {
             Verb::Seal { running } => (self.seal)(found, running),
             Verb::Claim { sealed } => (self.claim)(found, sealed, nonce(id)),
             Verb::ClaimAgain { dead } => (self.claim_again)(found, dead, nonce(id)),
+            Verb::Recover { dead } => (self.recover)(found, dead, nonce(id)),
             Verb::Run { claimed } => (self.run)(found, claimed),
             Verb::TakeBack { sealed } => (self.take_back)(found, sealed),
         }
@@ -146,20 +150,29 @@ struct World {
     sealer: Id,
     /// The attempt that the last seal was made for.
     sealed_for: Id,
-    /// Who claimed the machine without being the one that it was sealed for, while its sealer lived.
+    /// Who claimed the machine without being the one that it was sealed for, while its sealer lived; or recovered it, while its
+    /// owner did.
     stranger: Option<Id>,
 }
 
 impl World {
-    fn can_be_entrusted(&self) -> bool {
-        let is_dead = |id: Id| self.processes[id] == Process::Crashed;
-        let holder = (0..self.processes.len()).find(|id| nonce(*id) == self.word.nonce());
-        let is_nobodys = match self.word.state() {
-            OwnershipState::Sealed => true,
-            OwnershipState::Claimed => holder.is_some_and(is_dead),
-            _ => false,
+    /// The process that the word names is dead.
+    fn holder_is_dead(&self, word: OwnershipWord) -> bool {
+        let holder = (0..self.processes.len()).find(|id| nonce(*id) == word.nonce());
+        holder.is_some_and(|id| self.processes[id] == Process::Crashed)
+    }
+
+    /// What whoever keeps the memory can have another process do: nobody has the machine, or who has it is dead.
+    fn to_entrust(&self) -> Option<Verb> {
+        let (word, dead) = (self.word, self.holder_is_dead(self.word));
+        let sealer_is_dead = self.processes[self.sealer] == Process::Crashed;
+        let verb = match word.state() {
+            OwnershipState::Sealed if sealer_is_dead => Verb::Claim { sealed: word.epoch() },
+            OwnershipState::Claimed if sealer_is_dead && dead => Verb::ClaimAgain { dead: word },
+            OwnershipState::Running if dead => Verb::Recover { dead: word },
+            _ => return None,
         };
-        is_nobodys && is_dead(self.sealer) && self.attempts < ATTEMPTS
+        (self.attempts < ATTEMPTS).then_some(verb)
     }
 }
 
@@ -174,7 +187,7 @@ enum Action {
     /// A successor that nobody told finds the machine sealed and its sealer dead.
     Inherit(Id),
     /// Who keeps the memory of a machine whose sealer is dead starts another successor: nobody had it, or who had
-    /// claimed it is dead.
+    /// claimed it is dead. Or who ran it is.
     Entrust,
     Crash(Id),
 }
@@ -257,6 +270,14 @@ impl Machine {
                 }
                 Process::Claimed { word: next }
             }
+            Verb::Recover { .. } => {
+                if !world.holder_is_dead(found) {
+                    world.stranger = Some(id);
+                }
+                // Nobody is left who could take it back.
+                world.sealer = id;
+                Process::Claimed { word: next }
+            }
             Verb::Run { .. } | Verb::TakeBack { .. } => Process::Running { word: next },
         }
     }
@@ -310,7 +331,7 @@ impl Model for Machine {
                 actions.push(Action::Crash(id));
             }
         }
-        if world.can_be_entrusted() {
+        if world.to_entrust().is_some() {
             actions.push(Action::Entrust);
         }
     }
@@ -333,13 +354,9 @@ impl Model for Machine {
                 world.processes[id] = Process::Swapping { verb: Verb::Claim { sealed }, found: None };
             }
             Action::Entrust => {
+                let verb = world.to_entrust()?;
                 world.attempts += 1;
-                let (word, id) = (world.word, world.attempts);
-                let verb = match word.state() {
-                    OwnershipState::Claimed => Verb::ClaimAgain { dead: word },
-                    _ => Verb::Claim { sealed: word.epoch() },
-                };
-                world.processes[id] = Process::Swapping { verb, found: None };
+                world.processes[world.attempts] = Process::Swapping { verb, found: None };
             }
             Action::Crash(id) => world.processes[id] = Process::Crashed,
         }
@@ -355,7 +372,7 @@ const ONE_RUNS: &str = "at most one process runs the guest";
 const ONE_WRITES: &str = "at most one process writes the tree, and its nonce is in the word";
 const RUNNER_IS_NAMED: &str = "who runs the guest is the nonce in the word, which says that it runs";
 const FRESH_WORDS: &str = "no epoch comes back, so no word does";
-const NO_STRANGER: &str = "while its sealer lives, only the successor that a seal was made for claims it";
+const NO_STRANGER: &str = "only the successor that a seal was made for claims it, and nobody recovers it, while there is one who lives";
 const NO_CRASH_NO_LOSS: &str = "where nobody crashed, exactly one process runs the guest in the end";
 const LOSS_IS_THE_OWNERS: &str = "where none runs it in the end, the one that could have has crashed";
 const WAY_BACK: &str = "who sealed the machine last gets it back alone, unless another runs it";
@@ -464,6 +481,12 @@ fn coverage() -> Vec<Property<Machine>> {
                 |pair: &[OwnershipWord]| pair.iter().all(|word| word.state() == OwnershipState::Claimed);
             states.into_iter().any(again) && runs(world, 3)
         }),
+        Property::<Machine>::sometimes("a machine is recovered from one that ran it and died", |_, world| {
+            let recovered = |pair: &[OwnershipWord]| {
+                pair[0].state() == OwnershipState::Running && pair[1].state() == OwnershipState::Claimed
+            };
+            world.words.windows(2).any(recovered) && runs(world, world.attempts)
+        }),
         Property::<Machine>::sometimes("all three attempts go back", |_, world| {
             runs(world, 0) && world.attempts == ATTEMPTS
         }),
@@ -562,4 +585,11 @@ fn a_claim_from_the_dead_that_does_not_look_whose_claim_it_finds_is_noticed() {
     let claim_again =
         |found: OwnershipWord, _: OwnershipWord, claimant| Ok(found.next(OwnershipState::Claimed, claimant));
     assert_broken(Protocol { claim_again, ..PROTOCOL }, ONE_RUNS);
+}
+
+#[test]
+fn a_recovery_that_does_not_look_whose_machine_it_finds_is_noticed() {
+    let recover =
+        |found: OwnershipWord, _: OwnershipWord, claimant| Ok(found.next(OwnershipState::Claimed, claimant));
+    assert_broken(Protocol { recover, ..PROTOCOL }, ONE_RUNS);
 }

@@ -33,6 +33,53 @@ fn before_the_seal_leaves_the_memory_and_a_dead_owner() {
 }
 
 #[test]
+fn before_the_seal_leaves_a_machine_to_be_recovered_without_a_state() {
+    let mut owner = machine(&spec("dies-running", &[4, 8], &["vcpu0"]));
+    let regions = offered(&owner);
+    // What an update that was given up has left is not to be taken for the guest's state.
+    drop(seal(&mut owner, 6000, 4));
+    owner.unseal().unwrap();
+    let word = owner.ownership().unwrap();
+    assert!(matches!(attach(&owner).recover(word), Err(ClaimError::ClaimantLives)));
+    drop(owner);
+
+    let found = Incoming::attach(regions, Vec::new()).unwrap();
+    let recovered = found.recover(word).unwrap();
+    assert!(recovered.states().is_empty());
+    let mut successor = recovered.run().unwrap();
+    successor.settle().unwrap();
+    assert_filled(&inodes(&successor));
+    claim(&mut successor, 3).run().unwrap();
+}
+
+#[test]
+fn of_a_recoverer_leaves_the_machine_to_the_next_one() {
+    let owner = machine(&spec("dies-recovered", &[4], &["vcpu0"]));
+    let (regions, again) = (offered(&owner), offered(&owner));
+    let word = owner.ownership().unwrap();
+    drop(owner);
+    drop(Incoming::attach(regions, Vec::new()).unwrap().recover(word).unwrap());
+
+    let found = Incoming::attach(again, Vec::new()).unwrap();
+    let dead = found.ownership().unwrap();
+    assert_eq!(dead.state(), OwnershipState::Claimed);
+    let mut next = found.recover(dead).unwrap().run().unwrap();
+    next.settle().unwrap();
+    assert_filled(&inodes(&next));
+}
+
+#[test]
+fn after_the_seal_leaves_nothing_to_be_recovered() {
+    let mut owner = machine(&spec("dies-sealed", &[4], &["vcpu0"]));
+    let regions = offered(&owner);
+    let (_, frozen) = seal(&mut owner, 6000, 4);
+    drop((owner, frozen));
+    let found = Incoming::attach(regions, Vec::new()).unwrap();
+    let word = found.ownership().unwrap();
+    assert!(matches!(found.recover(word), Err(ClaimError::Ownership(_))));
+}
+
+#[test]
 fn after_the_seal_leaves_a_machine_to_be_claimed() {
     let mut owner = machine(&spec("dies-sealed", &[4, 8], &["vcpu0", "serial"]));
     let regions = offered(&owner);
