@@ -76,7 +76,8 @@ impl Header {
     /// Reads the header.
     ///
     /// # Errors
-    /// [`Malformed`] for another magic, version or checksum, or a count of frames that cannot be.
+    /// [`Malformed`] for another magic, version or checksum, a count of frames that cannot be, or something in what is
+    /// reserved.
     pub fn read(memory: &(impl Memory + ?Sized)) -> Result<Self, Malformed> {
         let place = Place::new(FORMAT, 0);
         let header: Self = place.get(memory)?;
@@ -88,6 +89,9 @@ impl Header {
         let computed = checksum(&[Self { checksum: 0.into(), ..header }.as_bytes()]);
         if stored != computed {
             return Err(place.bad("checksum", Problem::Checksum { stored, computed }));
+        }
+        if header.reserved != [0; 24] {
+            return Err(place.bad("reserved", Problem::Structure("is not zero")));
         }
         match header.frames() {
             0 => Err(place.bad("frames", Problem::Zero)),
@@ -321,6 +325,17 @@ mod tests {
             memory[bit / 8] ^= 1 << (bit % 8);
             assert!(Header::read(&memory).is_err(), "bit {bit}");
         }
+    }
+
+    /// One header has one encoding: found by fuzzing.
+    #[test]
+    fn what_is_reserved_in_the_header_is_zero() {
+        let mut memory = arena();
+        memory[40] = 1;
+        memory[12..16].fill(0);
+        let sum = checksum(&[&memory[..64]]);
+        memory[12..16].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(Header::read(&memory).unwrap_err().field, "reserved");
     }
 
     #[test]
