@@ -9,6 +9,7 @@ mod catalogue;
 mod check;
 mod deps;
 mod e2e;
+mod fuzz;
 mod record;
 mod requirements;
 mod sources;
@@ -44,6 +45,8 @@ enum Verb {
     Deps,
     /// Run the end-to-end cases, each in an emulated host whose kernel is replaced
     E2e(e2e::Options),
+    /// Feed the decoders with inputs that reach ever more of them, by libFuzzer: docs/fuzzing.md
+    Fuzz(fuzz::Options),
     /// Look through every file of the tree for what must not be published, and for untidy white
     /// space
     Words,
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Verb::Requirements(options) => requirements::run(&options),
         Verb::Deps => deps::run(),
         Verb::E2e(options) => e2e::run(&options),
+        Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Words => words::run(),
     };
     match done {
