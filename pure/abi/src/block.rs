@@ -16,8 +16,10 @@ use zerocopy::little_endian::U64;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 
 /// The most blocks in one chain.
 pub const MAX_BLOCKS: usize = 10_000;
@@ -94,37 +96,71 @@ impl<E: FromBytes + IntoBytes + Clone> Chain<E> {
         first: u64,
         seen: &mut BTreeSet<u64>,
     ) -> Result<Self, Malformed> {
+        Self::read_on(memory, first, seen, &mut stop)
+    }
+
+    /// Reads the chain that starts at `first` as [`Chain::read`] does, past what is wrong as far as that can be: of a block
+    /// that says more entries than it can hold those before the first that is zero are taken.
+    ///
+    /// # Errors
+    /// What `on_fault` makes of what is wrong.
+    pub fn read_on(
+        memory: &(impl Memory + ?Sized),
+        first: u64,
+        seen: &mut BTreeSet<u64>,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Self, Malformed> {
         let mut chain = Self { blocks: Vec::new(), entries: Vec::new() };
         let mut next = first;
         while next != 0 {
+            let page = match enter(memory, next, chain.blocks.len(), seen) {
+                Ok(page) => page,
+                Err(fault) => return on_fault(fault).map(|()| chain),
+            };
             let place = Place::new(FORMAT, next);
-            place.page_address("next", next)?;
-            if !seen.insert(next) {
-                return Err(place.bad("next", Problem::Repeated { found: next }));
-            }
-            if chain.blocks.len() == MAX_BLOCKS {
-                let limit = MAX_BLOCKS as u64;
-                return Err(place.bad("next", Problem::TooLarge { found: limit + 1, limit }));
-            }
-            let page: [u8; PAGE_BYTES] = place.get(memory)?;
             chain.blocks.push(next);
             let (header, rest) =
                 Header::read_from_prefix(&page).map_err(|_| place.bad("count", Problem::Truncated))?;
             next = header.next.get();
-            chain.entries.extend(entries::<E>(place, header.count.get(), rest)?);
+            let count = match count::<E>(place, header.count.get()) {
+                Ok(count) => count,
+                Err(fault) => {
+                    on_fault(fault)?;
+                    let zero = |entry: &&[u8]| entry.iter().any(|byte| *byte != 0);
+                    rest.chunks_exact(size_of::<E>()).take_while(zero).count()
+                }
+            };
+            let read = rest.chunks_exact(size_of::<E>()).take(count);
+            chain.entries.extend(read.filter_map(|entry| E::read_from_bytes(entry).ok()));
         }
         Ok(chain)
     }
 }
 
-fn entries<E: FromBytes>(place: Place, count: u64, bytes: &[u8]) -> Result<Vec<E>, Malformed> {
+/// The page of the block at `next`, of a chain with so many before it.
+fn enter(
+    memory: &(impl Memory + ?Sized),
+    next: u64,
+    before: usize,
+    seen: &mut BTreeSet<u64>,
+) -> Result<[u8; PAGE_BYTES], Malformed> {
+    let place = Place::new(FORMAT, next);
+    place.page_address("next", next)?;
+    if !seen.insert(next) {
+        return Err(place.bad("next", Problem::Repeated { found: next }));
+    }
+    if before == MAX_BLOCKS {
+        let limit = MAX_BLOCKS as u64;
+        return Err(place.bad("next", Problem::TooLarge { found: limit + 1, limit }));
+    }
+    place.get(memory)
+}
+
+fn count<E>(place: Place, count: u64) -> Result<usize, Malformed> {
     let limit = capacity::<E>() as u64;
     match usize::try_from(count) {
         Ok(0) => Err(place.bad("count", Problem::Zero)),
-        Ok(here) if here <= capacity::<E>() => {
-            let read = bytes.chunks_exact(size_of::<E>()).take(here).map(E::read_from_bytes);
-            read.map(|entry| entry.map_err(|_| place.bad("entries", Problem::Truncated))).collect()
-        }
+        Ok(here) if here <= capacity::<E>() => Ok(here),
         _ => Err(place.bad("count", Problem::TooLarge { found: count, limit })),
     }
 }

@@ -11,12 +11,18 @@
 use alloc::vec::Vec;
 
 use pages::PAGE_BYTES;
+use pages::PAGE_SIZE;
 use thiserror::Error;
 
+use crate::fdt;
+use crate::fdt::Reader;
+use crate::fdt::Token;
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::text::Text;
 
 /// The compatible string that is written and accepted.
@@ -26,6 +32,7 @@ const COMPATIBLE_NAME: &str = "compatible";
 const MAP_NAME: &str = "preserved-memory-map";
 const DATA_NAME: &str = "preserved-data";
 const SIZE_NAME: &str = "blob-size";
+const MISSING: &str = "is missing";
 
 /// Name of a subtree: 1 to 31 bytes, the length that the device tree specification gives node names.
 pub type SubtreeName = Text<32>;
@@ -56,21 +63,6 @@ pub struct RootFdt {
 pub struct TooManySubtrees {
     /// How many there are.
     pub subtrees: usize,
-}
-
-mod fdt {
-    pub(super) const MAGIC: u32 = 0xd00d_feed;
-    pub(super) const VERSION: u32 = 17;
-    pub(super) const LAST_COMPATIBLE_VERSION: u32 = 16;
-    pub(super) const BEGIN_NODE: u32 = 1;
-    pub(super) const END_NODE: u32 = 2;
-    pub(super) const PROP: u32 = 3;
-    pub(super) const NOP: u32 = 4;
-    pub(super) const END: u32 = 9;
-    pub(super) const HEADER_BYTES: usize = 40;
-    /// The sequential writer aligns the header to a reserve entry.
-    pub(super) const FRESH_RESERVE_MAP: usize = 48;
-    pub(super) const RESERVE_ENTRY_BYTES: usize = 16;
 }
 
 /// Grows the structure block and the strings block of a device tree.
@@ -192,7 +184,11 @@ impl RootFdt {
         place.page_address("fdt", address)?;
         let mut page = [0; PAGE_BYTES];
         memory.read(address, &mut page).map_err(|none| place.bad("fdt", Problem::Unreadable(none)))?;
-        Reader::new(place, &page)?.root()
+        let draft = Draft::read(&page, address, &mut stop)?;
+        // With faults ending it, all of these are there.
+        let map = draft.map.ok_or_else(|| place.bad(MAP_NAME, Problem::Structure(MISSING)))?;
+        let subtrees = draft.subtrees.iter().filter_map(DraftSubtree::whole).collect();
+        Ok(Self { map, subtrees })
     }
 
     /// The subtree of this name.
@@ -201,166 +197,168 @@ impl RootFdt {
     }
 }
 
-/// Walks a structure block.
-struct Reader<'a> {
-    place: Place,
-    structure: &'a [u8],
-    strings: &'a [u8],
+/// What a root FDT says as far as it can be made out, of whatever version.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Draft {
+    /// Its compatible string, without its NUL; empty if there is none.
+    pub compatible: Vec<u8>,
+    /// Bytes of the tree.
+    pub total_bytes: u64,
+    /// Physical address of the root node of the tree of preserved memory, if that is one of a page.
+    pub map: Option<u64>,
+    /// The subtrees, the first added first.
+    pub subtrees: Vec<DraftSubtree>,
 }
 
-enum Token<'a> {
-    Begin(&'a [u8]),
-    Property(&'a [u8], &'a [u8]),
-    EndNode,
-    End,
+/// A subtree as far as it can be made out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DraftSubtree {
+    /// Its node's name.
+    pub name: Vec<u8>,
+    /// Physical address of the blob, if it is not 0.
+    pub data: Option<u64>,
+    /// Bytes of the blob.
+    pub size: Option<u64>,
+    /// Physical address of the blob as `kho-v1` and `kho-v2` name it, which has to be a device tree itself.
+    pub fdt: Option<u64>,
 }
 
-impl<'a> Reader<'a> {
-    fn new(place: Place, page: &'a [u8]) -> Result<Self, Malformed> {
-        let field = |index: usize, name| {
-            read_cell(page, index * 4)
-                .ok_or_else(|| place.bad(name, Problem::Truncated))
-                .map(|(cell, _)| cell)
+impl DraftSubtree {
+    fn whole(&self) -> Option<Subtree> {
+        Some(Subtree { name: SubtreeName::new(&self.name).ok()?, data: self.data?, size: self.size? })
+    }
+}
+
+impl Draft {
+    /// Reads the tree in a page that lies at `address`.
+    ///
+    /// # Errors
+    /// What `on_fault` makes of what is wrong. If it goes on, what was broken is missing, and behind a break of the
+    /// device tree itself all is.
+    pub fn read(page: &[u8], address: u64, on_fault: &mut OnFault<'_>) -> Result<Self, Malformed> {
+        let place = Place::new(COMPATIBLE, address);
+        let mut draft = Self::default();
+        let mut reader = match Reader::new(COMPATIBLE, address, page) {
+            Ok(reader) => reader,
+            Err(fault) => return on_fault(fault).map(|()| draft),
         };
-        place.expect("magic", field(0, "magic")?.into(), fdt::MAGIC.into())?;
-        let last_compatible = field(6, "last_comp_version")?;
-        if last_compatible > fdt::VERSION {
-            return Err(place.bad("last_comp_version", Problem::Unknown { found: last_compatible.into() }));
+        draft.total_bytes = reader.total_bytes();
+        if let Err(fault) = draft.root(place, &mut reader, on_fault) {
+            on_fault(fault)?;
         }
-        let block = |offset: usize, size: usize, name| {
-            let offset = usize::try_from(field(offset, name)?).unwrap_or(usize::MAX);
-            let size = usize::try_from(field(size, name)?).unwrap_or(usize::MAX);
-            let rest = page.get(offset..).and_then(|rest| rest.get(..size));
-            rest.ok_or_else(|| place.bad(name, Problem::Truncated))
-        };
-        Ok(Self { place, structure: block(2, 9, "structure block")?, strings: block(3, 8, "strings block")? })
-    }
-
-    fn bad(&self, what: &'static str) -> Malformed {
-        self.place.bad("structure block", Problem::Structure(what))
-    }
-
-    fn next(&mut self) -> Result<Token<'a>, Malformed> {
-        loop {
-            let (token, rest) = read_cell(self.structure, 0).ok_or_else(|| self.bad("ends without END"))?;
-            self.structure = rest;
-            match token {
-                fdt::NOP => {}
-                fdt::BEGIN_NODE => {
-                    let name =
-                        self.text(self.structure).ok_or_else(|| self.bad("has a node without a name"))?;
-                    self.skip(name.len() + 1)?;
-                    return Ok(Token::Begin(name));
+        // In the page the newest stands first.
+        draft.subtrees.reverse();
+        if draft.compatible != COMPATIBLE.as_bytes() {
+            on_fault(place.bad("compatible", Problem::Structure("is not kho-v4")))?;
+        }
+        match draft.map {
+            Some(0) => on_fault(place.bad(MAP_NAME, Problem::Zero))?,
+            Some(map) => {
+                if let Err(fault) = place.page_address(MAP_NAME, map) {
+                    on_fault(fault)?;
                 }
-                fdt::PROP => return self.property(),
-                fdt::END_NODE => return Ok(Token::EndNode),
-                fdt::END => return Ok(Token::End),
-                _ => return Err(self.place.bad("token", Problem::Unknown { found: token.into() })),
             }
+            None => on_fault(place.bad(MAP_NAME, Problem::Structure(MISSING)))?,
         }
+        draft.map = draft.map.filter(|map| *map != 0 && map.is_multiple_of(PAGE_SIZE));
+        Ok(draft)
     }
 
-    fn property(&mut self) -> Result<Token<'a>, Malformed> {
-        let cut = |what: &Self| what.bad("ends inside a property");
-        let (len, rest) = read_cell(self.structure, 0).ok_or_else(|| cut(self))?;
-        let (name, rest) = read_cell(rest, 0).ok_or_else(|| cut(self))?;
-        self.structure = rest;
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let value = rest.get(..len).ok_or_else(|| cut(self))?;
-        self.skip(len)?;
-        let name = usize::try_from(name).ok().and_then(|name| self.strings.get(name..));
-        let name = name.and_then(|name| self.text(name));
-        let name = name.ok_or_else(|| self.place.bad("strings block", Problem::Truncated))?;
-        Ok(Token::Property(name, value))
-    }
-
-    fn text(&self, bytes: &'a [u8]) -> Option<&'a [u8]> {
-        bytes.iter().position(|byte| *byte == 0).and_then(|len| bytes.get(..len))
-    }
-
-    fn skip(&mut self, len: usize) -> Result<(), Malformed> {
-        let padded = len.next_multiple_of(4);
-        self.structure = self.structure.get(padded..).ok_or_else(|| self.bad("ends inside a value"))?;
-        Ok(())
-    }
-
-    fn root(mut self) -> Result<RootFdt, Malformed> {
-        let Token::Begin(b"") = self.next()? else {
-            return Err(self.bad("does not start with the root node"));
+    /// Reads up to the end of the root node. What it returns as an error is where the device tree breaks.
+    fn root(
+        &mut self,
+        place: Place,
+        reader: &mut Reader<'_>,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<(), Malformed> {
+        let Token::Begin(b"") = reader.next()? else {
+            return Err(reader.bad("does not start with the root node"));
         };
-        let mut compatible = None;
-        let mut map = None;
-        let mut subtrees: Vec<Subtree> = Vec::new();
         loop {
-            match self.next()? {
-                Token::Property(name, value) if name == COMPATIBLE_NAME.as_bytes() => {
-                    compatible = Some(value)
+            match reader.next()? {
+                Token::Property(b"compatible", value) => {
+                    // A text without its NUL is not the one that it looks like.
+                    let text = value.strip_suffix(&[0]).unwrap_or_default();
+                    self.compatible = text.to_vec();
                 }
                 Token::Property(name, value) if name == MAP_NAME.as_bytes() => {
-                    map = Some(self.integer(MAP_NAME, value)?);
+                    self.map = integer(place, MAP_NAME, value, on_fault)?;
                 }
                 Token::Property(..) => {}
                 Token::Begin(name) => {
-                    let subtree = self.subtree(name)?;
-                    if subtrees.iter().any(|other| other.name == subtree.name) {
-                        return Err(self.place.bad("subtree", Problem::Repeated { found: subtree.data }));
+                    let subtree = subtree(place, name, reader, on_fault)?;
+                    if self.subtrees.iter().any(|other| other.name == subtree.name) {
+                        let found = subtree.data.unwrap_or_default();
+                        on_fault(place.bad("subtree", Problem::Repeated { found }))?;
                     }
-                    subtrees.push(subtree);
+                    self.subtrees.push(subtree);
                 }
-                Token::EndNode => break,
-                Token::End => return Err(self.bad("ends inside the root node")),
+                Token::EndNode => return Ok(()),
+                Token::End => return Err(reader.bad("ends inside the root node")),
             }
         }
-        if compatible != Some(b"kho-v4\0".as_slice()) {
-            return Err(self.place.bad("compatible", Problem::Structure("is not kho-v4")));
-        }
-        let map = map.ok_or_else(|| self.place.bad(MAP_NAME, Problem::Structure("is missing")))?;
-        self.place.page_address(MAP_NAME, map)?;
-        // In the page the newest stands first.
-        subtrees.reverse();
-        Ok(RootFdt { map, subtrees })
     }
+}
 
-    fn subtree(&mut self, name: &[u8]) -> Result<Subtree, Malformed> {
-        let name = SubtreeName::new(name).map_err(|bad| {
-            self.place.bad("subtree", Problem::TooLarge { found: count(bad.len), limit: 31 })
-        })?;
-        let (mut data, mut size) = (None, None);
-        loop {
-            match self.next()? {
-                Token::Property(name, value) if name == DATA_NAME.as_bytes() => {
-                    data = Some(self.integer(DATA_NAME, value)?);
-                }
-                Token::Property(name, value) if name == SIZE_NAME.as_bytes() => {
-                    size = Some(self.integer(SIZE_NAME, value)?);
-                }
-                Token::Property(..) => {}
-                Token::EndNode => break,
-                Token::Begin(_) => return Err(self.bad("has a node inside a subtree")),
-                Token::End => return Err(self.bad("ends inside a subtree")),
+fn subtree(
+    place: Place,
+    name: &[u8],
+    reader: &mut Reader<'_>,
+    on_fault: &mut OnFault<'_>,
+) -> Result<DraftSubtree, Malformed> {
+    let mut subtree = DraftSubtree { name: name.to_vec(), ..DraftSubtree::default() };
+    if let Err(bad) = SubtreeName::new(name) {
+        on_fault(place.bad("subtree", Problem::TooLarge { found: count(bad.len), limit: 31 }))?;
+    }
+    let mut wrong = false;
+    loop {
+        match reader.next()? {
+            Token::Property(name, value) if name == DATA_NAME.as_bytes() => {
+                subtree.data = integer(place, DATA_NAME, value, on_fault)?;
+                wrong |= subtree.data.is_none();
             }
+            Token::Property(name, value) if name == SIZE_NAME.as_bytes() => {
+                subtree.size = integer(place, SIZE_NAME, value, on_fault)?;
+                wrong |= subtree.size.is_none();
+            }
+            Token::Property(b"fdt", value) => subtree.fdt = integer(place, "fdt", value, on_fault)?,
+            Token::Property(..) => {}
+            Token::EndNode => break,
+            Token::Begin(_) => return Err(reader.bad("has a node inside a subtree")),
+            Token::End => return Err(reader.bad("ends inside a subtree")),
         }
-        let missing = |field| self.place.bad(field, Problem::Structure("is missing"));
-        let data = data.filter(|data| *data != 0).ok_or_else(|| missing(DATA_NAME))?;
-        Ok(Subtree { name, data, size: size.ok_or_else(|| missing(SIZE_NAME))? })
     }
+    subtree.data = subtree.data.filter(|data| *data != 0);
+    // Of an older version, or one whose fault was told.
+    let told = wrong || subtree.fdt.is_some();
+    for (field, there) in [(DATA_NAME, subtree.data.is_some()), (SIZE_NAME, subtree.size.is_some())] {
+        if !there && !told {
+            on_fault(place.bad(field, Problem::Structure(MISSING)))?;
+        }
+    }
+    if subtree.fdt.is_some() {
+        on_fault(place.bad("fdt", Problem::Structure("is a property of an older format's")))?;
+    }
+    Ok(subtree)
+}
 
-    fn integer(&self, field: &'static str, value: &[u8]) -> Result<u64, Malformed> {
-        let bytes = <[u8; 8]>::try_from(value).map_err(|_| {
-            self.place.bad(field, Problem::Mismatch { expected: 8, found: count(value.len()) })
-        })?;
-        Ok(u64::from_le_bytes(bytes))
+fn integer(
+    place: Place,
+    field: &'static str,
+    value: &[u8],
+    on_fault: &mut OnFault<'_>,
+) -> Result<Option<u64>, Malformed> {
+    match <[u8; 8]>::try_from(value) {
+        Ok(bytes) => Ok(Some(u64::from_le_bytes(bytes))),
+        Err(_) => {
+            let found = count(value.len());
+            on_fault(place.bad(field, Problem::Mismatch { expected: 8, found })).map(|()| None)
+        }
     }
 }
 
 fn count(len: usize) -> u64 {
     u64::try_from(len).unwrap_or(u64::MAX)
-}
-
-/// The big-endian cell at `offset`, and what follows it.
-fn read_cell(bytes: &[u8], offset: usize) -> Option<(u32, &[u8])> {
-    let (cell, rest) = bytes.get(offset..)?.split_first_chunk::<4>()?;
-    Some((u32::from_be_bytes(*cell), rest))
 }
 
 #[cfg(test)]

@@ -6,10 +6,13 @@
 //! before it is used, bounds its work by what the memory can hold, and answers with a [`Malformed`] that
 //! names format, place, field and fault. It never panics and never allocates what the input asked for.
 //!
+//! Who uses what is read stops at the first fault (`read`). Who only looks can have a reader go on behind it
+//! ([`OnFault`]): it is the same reader.
+//!
 //! | file | format | whose |
 //! | --- | --- | --- |
 //! | [`arena`] | header of region 0: root slots, ownership word | ours |
-//! | [`kho`] | root FDT `kho-v4` | the kernel's |
+//! | [`kho`], [`fdt`] | root FDT `kho-v4`, in a flattened device tree | the kernel's |
 //! | [`radix`] | tree of preserved memory | the kernel's |
 //! | [`vmalloc`] | list of scattered pages | the kernel's |
 //! | [`block`], [`luo`], [`flb`] | sessions, files and what files share, `luo-v5` | the kernel's |
@@ -30,6 +33,7 @@ extern crate alloc;
 
 pub mod arena;
 pub mod block;
+pub mod fdt;
 pub mod flb;
 pub mod folio;
 pub mod foreign;
@@ -55,5 +59,7 @@ pub use memory::Malformed;
 pub use memory::Memory;
 pub use memory::MemoryMut;
 pub use memory::NoMemory;
+pub use memory::OnFault;
 pub use memory::Problem;
 pub use memory::holds;
+pub use memory::stop;

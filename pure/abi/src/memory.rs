@@ -88,6 +88,17 @@ pub struct Malformed {
     pub problem: Problem,
 }
 
+/// What is done with each fault that a reader meets: `Ok` has it go on with what it can still make out, `Err` ends it.
+pub type OnFault<'a> = dyn FnMut(Malformed) -> Result<(), Malformed> + 'a;
+
+/// Ends with the first fault: what whoever uses what he reads does.
+///
+/// # Errors
+/// The fault.
+pub const fn stop(fault: Malformed) -> Result<(), Malformed> {
+    Err(fault)
+}
+
 /// What is wrong with a field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]

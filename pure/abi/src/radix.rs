@@ -14,8 +14,10 @@ use pages::Pfn;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 
 /// Levels of tables above a leaf; the root is at this level.
 pub const LEVELS: u32 = 5;
@@ -137,58 +139,74 @@ pub fn walk(
     root: u64,
     mut visit: impl FnMut(Found) -> Result<(), Malformed>,
 ) -> Result<(), Malformed> {
-    let mut seen = BTreeSet::new();
-    descend(memory, root, LEVELS, 0, &mut seen, &mut visit)
+    walk_on(memory, root, &mut visit, &mut stop)
 }
 
-fn descend(
+/// Walks the tree at `root` as [`walk`] does, past what is wrong: a node that cannot be read or was met before is left out
+/// with all that is below it, a key that means no block is left out.
+///
+/// # Errors
+/// What `visit` and `on_fault` make of what they are told.
+pub fn walk_on(
     memory: &(impl Memory + ?Sized),
-    address: u64,
-    level: u32,
-    prefix: u64,
-    seen: &mut BTreeSet<u64>,
+    root: u64,
     visit: &mut dyn FnMut(Found) -> Result<(), Malformed>,
+    on_fault: &mut OnFault<'_>,
 ) -> Result<(), Malformed> {
-    let place = Place::new(FORMAT, address);
-    let node = read_node(memory, address)?;
-    if !seen.insert(address) {
-        return Err(place.bad("node", Problem::Repeated { found: address }));
+    Walk { memory, seen: BTreeSet::new(), visit, on_fault }.descend(root, LEVELS, 0)
+}
+
+struct Walk<'a, 'b, M: ?Sized> {
+    memory: &'a M,
+    seen: BTreeSet<u64>,
+    visit: &'a mut dyn FnMut(Found) -> Result<(), Malformed>,
+    on_fault: &'a mut OnFault<'b>,
+}
+
+impl<M: Memory + ?Sized> Walk<'_, '_, M> {
+    fn descend(&mut self, address: u64, level: u32, prefix: u64) -> Result<(), Malformed> {
+        let place = Place::new(FORMAT, address);
+        let node = match read_node(self.memory, address) {
+            Ok(node) => node,
+            Err(fault) => return (self.on_fault)(fault),
+        };
+        if !self.seen.insert(address) {
+            return (self.on_fault)(place.bad("node", Problem::Repeated { found: address }));
+        }
+        (self.visit)(Found::Node { level, prefix, address })?;
+        if level == 0 {
+            return self.leaf(place, &node, prefix);
+        }
+        for (slot, child) in (0u64..).zip(node).filter(|(_, child)| *child != 0) {
+            let below = prefix.checked_mul(1 << TABLE_BITS).map(|above| above | slot);
+            match below.filter(|below| below.leading_zeros() >= unused_bits(level - 1)) {
+                Some(below) => self.descend(child, level - 1, below)?,
+                None => (self.on_fault)(place.bad("slot", Problem::TooLarge { found: slot, limit: 0 }))?,
+            }
+        }
+        Ok(())
     }
-    visit(Found::Node { level, prefix, address })?;
-    if level == 0 {
-        return leaf(place, &node, prefix, visit);
+
+    fn leaf(&mut self, place: Place, node: &Node, prefix: u64) -> Result<(), Malformed> {
+        for (index, word) in (0u64..).zip(node) {
+            let mut left = *word;
+            while left != 0 {
+                let bit = left.trailing_zeros();
+                left &= left - 1;
+                let number = (prefix << LEAF_BITS) | (index * 64) | u64::from(bit);
+                match Key::new(number) {
+                    Some(key) => (self.visit)(Found::Block(key))?,
+                    None => (self.on_fault)(place.bad("key", Problem::Unknown { found: number }))?,
+                }
+            }
+        }
+        Ok(())
     }
-    for (slot, child) in (0u64..).zip(node).filter(|(_, child)| *child != 0) {
-        let below = prefix.checked_mul(1 << TABLE_BITS).map(|above| above | slot);
-        let below = below.filter(|below| below.leading_zeros() >= unused_bits(level - 1));
-        let below = below.ok_or_else(|| place.bad("slot", Problem::TooLarge { found: slot, limit: 0 }))?;
-        descend(memory, child, level - 1, below, seen, visit)?;
-    }
-    Ok(())
 }
 
 /// Bits at the top of a prefix at `level` that no key of 53 bits uses.
 fn unused_bits(level: u32) -> u32 {
     u64::BITS - (PFN_BITS + 1) + LEAF_BITS + TABLE_BITS * level
-}
-
-fn leaf(
-    place: Place,
-    node: &Node,
-    prefix: u64,
-    visit: &mut dyn FnMut(Found) -> Result<(), Malformed>,
-) -> Result<(), Malformed> {
-    for (index, word) in (0u64..).zip(node) {
-        let mut left = *word;
-        while left != 0 {
-            let bit = left.trailing_zeros();
-            left &= left - 1;
-            let number = (prefix << LEAF_BITS) | (index * 64) | u64::from(bit);
-            let key = Key::new(number);
-            visit(Found::Block(key.ok_or_else(|| place.bad("key", Problem::Unknown { found: number }))?))?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

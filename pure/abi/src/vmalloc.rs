@@ -23,9 +23,11 @@ use zerocopy::little_endian::U64;
 use crate::memory::Malformed;
 use crate::memory::Memory;
 use crate::memory::NoMemory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
 use crate::memory::holds;
+use crate::memory::stop;
 
 /// Flag: plain vmalloc memory. What we write.
 pub const PLAIN: u16 = 1;
@@ -105,49 +107,15 @@ impl List {
     /// pages that there are.
     pub fn read(memory: &(impl Memory + ?Sized), descriptor: &Descriptor) -> Result<Self, Malformed> {
         let mut list = Self::default();
-        let place = Place::new(FORMAT, descriptor.first.get());
-        let total = u64::from(descriptor.total_pages.get());
-        if descriptor.is_empty() {
-            return place.expect("total_pages", total, 0).map(|()| list);
-        }
-        let runs = memory.runs();
-        let limit: u64 = runs.iter().map(|run| run.len_pages()).sum();
-        if total > limit {
-            return Err(place.bad("total_pages", Problem::TooLarge { found: total, limit }));
-        }
-        let order = Order::new(descriptor.order.get().into())
-            .map_err(|_| place.bad("order", Problem::Unknown { found: descriptor.order.get().into() }))?;
-        let mut next = descriptor.first.get();
-        let mut pages = 0u64;
-        let mut seen = BTreeSet::new();
-        while next != 0 {
-            let place = Place::new(FORMAT, place.page_address("next", next)?);
-            if !seen.insert(next) {
-                return Err(place.bad("next", Problem::Repeated { found: next }));
+        let mut gather = |part| {
+            match part {
+                Part::Chunk { address, .. } => list.chunks.push(address),
+                Part::Block(block) => list.blocks.push(block),
+                Part::Missing { .. } => {}
             }
-            if !list.chunks.is_empty() && !list.blocks.len().is_multiple_of(CHUNK_BLOCKS) {
-                return Err(place.bad("next", Problem::Structure("follows a chunk that is not full")));
-            }
-            let chunk: Chunk = place.get(memory)?;
-            list.chunks.push(next);
-            for block in chunk.blocks.iter().map(|block| block.get()).take_while(|block| *block != 0) {
-                pages += order.len_pages();
-                if pages > total {
-                    return Err(place.bad("blocks", Problem::TooLarge { found: pages, limit: total }));
-                }
-                let start = Pfn::at(place.page_address("blocks", block)?);
-                let range = start.and_then(|start| PageRange::block(start, order)).ok();
-                let none =
-                    NoMemory { address: block, len_bytes: order.len_pages().saturating_mul(PAGE_SIZE) };
-                let range = range.filter(|range| holds(&runs, *range));
-                list.blocks.push(range.ok_or_else(|| place.bad("blocks", Problem::Unreadable(none)))?);
-            }
-            next = chunk.next.get();
-            if list.blocks.is_empty() && next != 0 {
-                return Err(place.bad("next", Problem::Structure("follows an empty chunk")));
-            }
-        }
-        place.expect("total_pages", total, pages)?;
+            Ok(())
+        };
+        walk_on(memory, descriptor, &mut gather, &mut stop)?;
         Ok(list)
     }
 
@@ -171,6 +139,133 @@ impl List {
             bytes.extend_from_slice(buffer);
         }
         Ok(bytes)
+    }
+}
+
+/// What a walk meets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// A chunk.
+    Chunk {
+        /// Physical address of its page.
+        address: u64,
+        /// Blocks that it names.
+        blocks: usize,
+    },
+    /// A block; those of a chunk come before the chunk.
+    Block(PageRange),
+    /// A block that is not there, where another one stands that follows it in the run.
+    Missing {
+        /// Pages that it would have.
+        pages: u64,
+    },
+}
+
+/// Walks the list behind `descriptor`, as [`List::read`] reads it, past what is wrong as far as that can be.
+///
+/// # Errors
+/// What `visit` and `on_fault` make of what they are told.
+pub fn walk_on(
+    memory: &(impl Memory + ?Sized),
+    descriptor: &Descriptor,
+    visit: &mut dyn FnMut(Part) -> Result<(), Malformed>,
+    on_fault: &mut OnFault<'_>,
+) -> Result<(), Malformed> {
+    let place = Place::new(FORMAT, descriptor.first.get());
+    let total = u64::from(descriptor.total_pages.get());
+    if descriptor.is_empty() {
+        return place.expect("total_pages", total, 0).or_else(on_fault);
+    }
+    let runs = memory.runs();
+    let limit: u64 = runs.iter().map(|run| run.len_pages()).sum();
+    if total > limit {
+        on_fault(place.bad("total_pages", Problem::TooLarge { found: total, limit }))?;
+    }
+    let found = descriptor.order.get().into();
+    match Order::new(found) {
+        Ok(order) => {
+            let limit = total.min(limit);
+            Walk { memory, runs, order, limit, pages: 0, named: 0, visit, on_fault }.chunks(place, total)
+        }
+        Err(_) => on_fault(place.bad("order", Problem::Unknown { found: found.into() })),
+    }
+}
+
+struct Walk<'a, 'b, M: ?Sized> {
+    memory: &'a M,
+    runs: Vec<PageRange>,
+    order: Order,
+    /// Pages that there may be at most.
+    limit: u64,
+    /// Pages in the blocks so far.
+    pages: u64,
+    /// Blocks so far.
+    named: usize,
+    visit: &'a mut dyn FnMut(Part) -> Result<(), Malformed>,
+    on_fault: &'a mut OnFault<'b>,
+}
+
+impl<M: Memory + ?Sized> Walk<'_, '_, M> {
+    fn chunks(mut self, mut place: Place, total: u64) -> Result<(), Malformed> {
+        let mut next = place.address;
+        let mut seen = BTreeSet::new();
+        while next != 0 {
+            let chunk = match self.enter(place, next, &mut seen) {
+                Ok(chunk) => chunk,
+                Err(fault) => return (self.on_fault)(fault),
+            };
+            place = Place::new(FORMAT, next);
+            if seen.len() > 1 && !self.named.is_multiple_of(CHUNK_BLOCKS) {
+                (self.on_fault)(place.bad("next", Problem::Structure("follows a chunk that is not full")))?;
+            }
+            let before = self.named;
+            for block in chunk.blocks.iter().map(|block| block.get()).take_while(|block| *block != 0) {
+                if !self.block(place, block, total)? {
+                    return Ok(());
+                }
+            }
+            (self.visit)(Part::Chunk { address: next, blocks: self.named - before })?;
+            next = chunk.next.get();
+            if self.named == 0 && next != 0 {
+                return (self.on_fault)(place.bad("next", Problem::Structure("follows an empty chunk")));
+            }
+        }
+        place.expect("total_pages", total, self.pages).or_else(self.on_fault)
+    }
+
+    fn enter(&self, place: Place, next: u64, seen: &mut BTreeSet<u64>) -> Result<Chunk, Malformed> {
+        let place = Place::new(FORMAT, place.page_address("next", next)?);
+        if !seen.insert(next) {
+            return Err(place.bad("next", Problem::Repeated { found: next }));
+        }
+        place.get(self.memory)
+    }
+
+    /// False if the list ends here, as it is longer than it may be.
+    fn block(&mut self, place: Place, block: u64, total: u64) -> Result<bool, Malformed> {
+        let pages = self.order.len_pages();
+        self.pages = self.pages.saturating_add(pages);
+        if self.pages > self.limit {
+            let problem = Problem::TooLarge { found: self.pages, limit: total };
+            // What there is not so many pages for was told already.
+            let told = self.pages <= total;
+            return if told { Ok(false) } else { (self.on_fault)(place.bad("blocks", problem)).map(|()| false) };
+        }
+        self.named += 1;
+        let range = place.page_address("blocks", block).and_then(|block| {
+            let range = Pfn::at(block).and_then(|start| PageRange::block(start, self.order)).ok();
+            let none = NoMemory { address: block, len_bytes: pages.saturating_mul(PAGE_SIZE) };
+            let range = range.filter(|range| holds(&self.runs, *range));
+            range.ok_or_else(|| place.bad("blocks", Problem::Unreadable(none)))
+        });
+        match range {
+            Ok(range) => (self.visit)(Part::Block(range))?,
+            Err(fault) => {
+                (self.on_fault)(fault)?;
+                (self.visit)(Part::Missing { pages })?;
+            }
+        }
+        Ok(true)
     }
 }
 
