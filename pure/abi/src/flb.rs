@@ -16,8 +16,10 @@ use zerocopy::little_endian::U64;
 use crate::luo::Compatible;
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 
 const FORMAT: &str = "luo flb";
 const HEADER_BYTES: usize = 16;
@@ -81,21 +83,40 @@ pub fn encode(flbs: &[Flb]) -> [u8; PAGE_BYTES] {
 /// [`Malformed`] if it says another number of pages than 1 or more entries than it holds, and for an entry that has no
 /// name, another one's, or a count of 0.
 pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Vec<Flb>, Malformed> {
+    read_on(memory, address, &mut stop)
+}
+
+/// Reads the page at `address` as [`read`] does, past what is wrong: without entries that are.
+///
+/// # Errors
+/// What `on_fault` makes of what is wrong.
+pub fn read_on(
+    memory: &(impl Memory + ?Sized),
+    address: u64,
+    on_fault: &mut OnFault<'_>,
+) -> Result<Vec<Flb>, Malformed> {
     let place = Place::new(FORMAT, address);
-    let header: FlbHeader = place.get(memory)?;
-    place.expect("pgcnt", header.pages.get(), 1)?;
+    let header: FlbHeader = match place.get(memory) {
+        Ok(header) => header,
+        Err(fault) => return on_fault(fault).map(|()| Vec::new()),
+    };
+    place.expect("pgcnt", header.pages.get(), 1).or_else(&mut *on_fault)?;
     let found = header.count.get();
-    let count = usize::try_from(found).ok().filter(|count| *count <= MAX);
-    let count = count.ok_or_else(|| place.bad("count", Problem::TooLarge { found, limit: MAX as u64 }))?;
+    let Some(count) = usize::try_from(found).ok().filter(|count| *count <= MAX) else {
+        let problem = Problem::TooLarge { found, limit: MAX as u64 };
+        return on_fault(place.bad("count", problem)).map(|()| Vec::new());
+    };
     let mut names = BTreeSet::new();
     let mut flbs = Vec::new();
     for index in 0..count {
         let at = Place::new(FORMAT, address + (HEADER_BYTES + index * size_of::<FlbSer>()) as u64);
-        let flb = entry(at, &at.get(memory)?)?;
-        if !names.insert(flb.name) {
-            return Err(at.bad("name", Problem::Repeated { found: index as u64 }));
+        match at.get(memory).and_then(|ser| entry(at, &ser)) {
+            Ok(flb) if !names.insert(flb.name) => {
+                on_fault(at.bad("name", Problem::Repeated { found: index as u64 }))?;
+            }
+            Ok(flb) => flbs.push(flb),
+            Err(fault) => on_fault(fault)?,
         }
-        flbs.push(flb);
     }
     Ok(flbs)
 }

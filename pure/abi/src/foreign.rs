@@ -16,8 +16,10 @@ use zerocopy::little_endian::U64;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::record::Format;
 use crate::record::whole;
 use crate::text::Text;
@@ -117,8 +119,20 @@ impl FdRecord {
     /// # Errors
     /// [`Malformed`] if it is none.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
+        Self::read_on(memory, address, &mut stop)
+    }
+
+    /// Reads the record at `address` as [`FdRecord::read`] does, past a checksum that is another one if `on_fault` says so.
+    ///
+    /// # Errors
+    /// As [`FdRecord::read`].
+    pub fn read_on(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Self, Malformed> {
         let place = Place::new(FORMAT.compatible, address);
-        let (_, payload) = FORMAT.read(memory, address)?;
+        let (_, payload) = FORMAT.read_on(memory, address, on_fault)?;
         let fd: &Payload = whole(place, &payload)?;
         let name = FdName::read(&fd.name).ok_or_else(|| place.bad("name", Problem::NotTerminated))?;
         let found = fd.kind.get();

@@ -19,8 +19,10 @@ use zerocopy::little_endian::U64;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::record::Format;
 use crate::record::take;
 use crate::record::take_list;
@@ -123,19 +125,39 @@ impl GmemRecord {
     /// # Errors
     /// [`Malformed`] if it is none: size, flags, and every rule that [`GmemRecord::extents`] states.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
+        Self::read_on(memory, address, &mut stop)
+    }
+
+    /// Reads the record at `address` as [`GmemRecord::read`] does, past what is wrong with its fields if `on_fault` says so.
+    ///
+    /// # Errors
+    /// As [`GmemRecord::read`].
+    pub fn read_on(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Self, Malformed> {
         let place = Place::new(FORMAT.compatible, address);
-        let (_, payload) = FORMAT.read(memory, address)?;
+        let (_, payload) = FORMAT.read_on(memory, address, on_fault)?;
         let (head, rest) = take::<Payload>(place, "payload", &payload)?;
-        place.expect("reserved", head.reserved.get(), 0)?;
-        let size_bytes = place.page_address("size_bytes", head.size_bytes.get())?;
-        let flags = head.flags.get();
+        place.expect("reserved", head.reserved.get(), 0).or_else(&mut *on_fault)?;
+        let (size_bytes, flags) = (head.size_bytes.get(), head.flags.get());
+        if let Err(fault) = place.page_address("size_bytes", size_bytes) {
+            on_fault(fault)?;
+        }
         if flags & !KNOWN_FLAGS != 0 {
-            return Err(place.bad("flags", Problem::Unknown { found: flags }));
+            on_fault(place.bad("flags", Problem::Unknown { found: flags }))?;
         }
         let name = MemoryName::read(&head.name).ok_or_else(|| place.bad("name", Problem::NotTerminated))?;
         let list = take_list::<ExtentSer>(place, "extents", head.extents.get(), rest)?;
-        let extents = list.iter().map(|extent| read_extent(place, extent)).collect::<Result<Vec<_>, _>>()?;
-        check_extents(place, &extents, size_bytes >> PAGE_SHIFT)?;
+        let mut extents = Vec::new();
+        for extent in list {
+            match read_extent(place, extent) {
+                Ok(extent) => extents.push(extent),
+                Err(fault) => on_fault(fault)?,
+            }
+        }
+        check_extents(place, &extents, size_bytes >> PAGE_SHIFT).or_else(on_fault)?;
         Ok(Self { identity: Identity::new(head.identity), name, size_bytes, flags, extents })
     }
 }

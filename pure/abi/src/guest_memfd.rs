@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 
 use pages::Order;
 use pages::PAGE_SIZE;
+use pages::Pfn;
 use zerocopy::FromBytes;
 use zerocopy::Immutable;
 use zerocopy::IntoBytes;
@@ -19,8 +20,10 @@ use crate::folio::Folio;
 use crate::folio::Rules;
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::vmalloc::Descriptor;
 
 /// The compatible string.
@@ -77,20 +80,34 @@ impl GuestMemfd {
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
         let place = Place::new(COMPATIBLE, address);
         let ser: GuestMemfdSer = place.get(memory)?;
+        check(place, &ser, &mut stop)?;
+        let folios =
+            folio::read(memory, place, ser.nr_folios.get(), &ser.folios, &rules(ser.size.get(), &single))?;
         let (size_bytes, flags) = (ser.size.get(), ser.flags.get());
-        if size_bytes == 0 {
-            return Err(place.bad("size", Problem::Zero));
-        }
-        if !size_bytes.is_multiple_of(PAGE_SIZE) {
-            return Err(place.bad("size", Problem::Misaligned { found: size_bytes }));
-        }
-        if flags & !flags::KNOWN != 0 {
-            return Err(place.bad("flags", Problem::Unknown { found: flags }));
-        }
-        let order = |_| Some(Order::PAGE);
-        let rules = Rules { pages: size_bytes / PAGE_SIZE, flags: UPTODATE, holes: false, order: &order };
-        let folios = folio::read(memory, place, ser.nr_folios.get(), &ser.folios, &rules)?;
         Ok(Self { size_bytes, flags, vm_token: ser.vm_token.get(), folios })
+    }
+
+    /// Walks the folios of the guest_memfd at `address`, past what is wrong, and gives its structure if it is there.
+    /// `order` gives the order of the preserved block that begins at a frame; the series writes single pages alone.
+    ///
+    /// # Errors
+    /// What `visit` and `on_fault` make of what they are told.
+    pub fn walk_on(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        order: &dyn Fn(Pfn) -> Option<Order>,
+        visit: &mut dyn FnMut(folio::Part) -> Result<(), Malformed>,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Option<GuestMemfdSer>, Malformed> {
+        let place = Place::new(COMPATIBLE, address);
+        let ser: GuestMemfdSer = match place.get(memory) {
+            Ok(ser) => ser,
+            Err(fault) => return on_fault(fault).map(|()| None),
+        };
+        check(place, &ser, on_fault)?;
+        let rules = rules(ser.size.get(), order);
+        folio::walk_on(memory, place, (ser.nr_folios.get(), &ser.folios), &rules, visit, on_fault)?;
+        Ok(Some(ser))
     }
 
     /// The structure of this guest_memfd, whose [list](folio::encode) of folios lies behind `folios`.
@@ -103,4 +120,26 @@ impl GuestMemfd {
             folios,
         }
     }
+}
+
+fn check(place: Place, ser: &GuestMemfdSer, on_fault: &mut OnFault<'_>) -> Result<(), Malformed> {
+    let (size, flags) = (ser.size.get(), ser.flags.get());
+    if size == 0 {
+        on_fault(place.bad("size", Problem::Zero))?;
+    }
+    if !size.is_multiple_of(PAGE_SIZE) {
+        on_fault(place.bad("size", Problem::Misaligned { found: size }))?;
+    }
+    if flags & !flags::KNOWN != 0 {
+        on_fault(place.bad("flags", Problem::Unknown { found: flags }))?;
+    }
+    Ok(())
+}
+
+fn rules<'a>(size_bytes: u64, order: &'a dyn Fn(Pfn) -> Option<Order>) -> Rules<'a> {
+    Rules { pages: size_bytes / PAGE_SIZE, flags: UPTODATE, holes: false, order }
+}
+
+fn single(_: Pfn) -> Option<Order> {
+    Some(Order::PAGE)
 }

@@ -41,22 +41,68 @@ pub struct KvmVm {
     pub vm_type: u64,
 }
 
+/// A structure of this name, as far as it can be told what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draft {
+    /// The VM's type.
+    pub vm_type: u64,
+    /// What follows it.
+    pub layout: Layout,
+}
+
+/// What follows the type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Nothing: 8 bytes.
+    Type,
+    /// The physical address of the architecture's state: 16 bytes.
+    State {
+        /// The address.
+        address: u64,
+    },
+    /// Memory attributes: 32 bytes.
+    Attributes {
+        /// How many.
+        count: u64,
+        /// Where they are listed, 16 bytes each.
+        list: Descriptor,
+    },
+    /// None of these.
+    Unknown,
+}
+
+impl Draft {
+    /// Reads the structure at `address`.
+    ///
+    /// # Errors
+    /// [`Malformed`] if it is not there.
+    pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
+        let found: Longest = Place::new(COMPATIBLE, address).get(memory)?;
+        let (second, list) = (found.second.get(), found.list);
+        let layout = match (second, list.as_bytes().iter().all(|byte| *byte == 0)) {
+            (0, true) => Layout::Type,
+            (address, true) => Layout::State { address },
+            (count @ 1.., false) => Layout::Attributes { count, list },
+            (0, false) => Layout::Unknown,
+        };
+        Ok(Self { vm_type: found.vm_type.get(), layout })
+    }
+}
+
 impl KvmVm {
     /// Reads the VM at `address`.
     ///
     /// # Errors
     /// [`Malformed`]: field `layout` for the other layouts of this name.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
-        let place = Place::new(COMPATIBLE, address);
-        let found: Longest = place.get(memory)?;
-        let (second, list) = (found.second.get(), &found.list);
-        let other = match (second, list.as_bytes().iter().all(|byte| *byte == 0)) {
-            (0, true) => return Ok(Self { vm_type: found.vm_type.get() }),
-            (_, true) => "is the one of 16 bytes, with an address of the architecture's state",
-            (1.., false) => "is the one of 32 bytes, with memory attributes",
-            (0, false) => "is none of the three that are known",
+        let Draft { vm_type, layout } = Draft::read(memory, address)?;
+        let other = match layout {
+            Layout::Type => return Ok(Self { vm_type }),
+            Layout::State { .. } => "is the one of 16 bytes, with an address of the architecture's state",
+            Layout::Attributes { .. } => "is the one of 32 bytes, with memory attributes",
+            Layout::Unknown => "is none of the three that are known",
         };
-        Err(place.bad("layout", Problem::Structure(other)))
+        Err(Place::new(COMPATIBLE, address).bad("layout", Problem::Structure(other)))
     }
 
     /// Its bytes.

@@ -20,8 +20,10 @@ use crate::flb;
 use crate::flb::Flb;
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::text::Text;
 
 /// The compatible string that is written and accepted.
@@ -131,64 +133,146 @@ impl Luo {
     /// [`Malformed`] at the first thing that the kernel's reader would refuse, and at what it overlooks: a
     /// file count that is not the files', a name or a token twice, a page that two chains share.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64, size: u64) -> Result<Self, Malformed> {
+        let draft = Draft::read(memory, address, size, &mut stop)?;
+        let mut pages = alloc::vec![page_of(address), draft.flbs_address];
+        pages.extend(&draft.blocks);
+        pages.extend(draft.sessions.iter().flat_map(|session| &session.blocks));
+        // With faults ending it, every name is one.
+        let sessions = draft.sessions.iter().filter_map(DraftSession::whole).collect();
+        Ok(Self { liveupdate_num: draft.liveupdate_num, sessions, flbs: draft.flbs, pages })
+    }
+}
+
+/// What a blob says as far as it can be made out, of whatever version.
+#[derive(Debug, Clone, Default)]
+pub struct Draft {
+    /// The compatible string's field.
+    pub compatible: [u8; 8],
+    /// Number of the update.
+    pub liveupdate_num: u64,
+    /// Physical address of the page of FLBs; 0 if it is none of a page.
+    pub flbs_address: u64,
+    /// Pages of the blocks of sessions.
+    pub blocks: Vec<u64>,
+    /// The sessions, the first created first.
+    pub sessions: Vec<DraftSession>,
+    /// Objects that files share.
+    pub flbs: Vec<Flb>,
+}
+
+/// A session as far as it can be made out.
+#[derive(Debug, Clone)]
+pub struct DraftSession {
+    /// As it is listed.
+    pub entry: SessionSer,
+    /// Pages of the blocks of its files.
+    pub blocks: Vec<u64>,
+    /// Its files, as they are listed.
+    pub files: Vec<FileSer>,
+}
+
+impl DraftSession {
+    fn whole(&self) -> Option<Session> {
+        let file = |file: &FileSer| {
+            let compatible = Compatible::read(&file.compatible)?;
+            Some(File { compatible, data: file.data.get(), token: file.token.get() })
+        };
+        Some(Session {
+            name: SessionName::read(&self.entry.name)?,
+            files: self.files.iter().map(file).collect::<Option<_>>()?,
+        })
+    }
+}
+
+impl Draft {
+    /// Reads the blob of `size` bytes at `address`, and what it names.
+    ///
+    /// # Errors
+    /// What `on_fault` makes of what is wrong. If it goes on, what was broken is missing; of a blob of another version
+    /// nothing is read but its name.
+    pub fn read(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        size: u64,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Self, Malformed> {
         let place = Place::new(COMPATIBLE, address);
-        if size < size_of::<LuoSer>() as u64 {
-            return Err(place.bad("blob-size", Problem::Truncated));
-        }
-        let ser: LuoSer = place.get(memory)?;
+        let mut draft = Self::default();
+        let ser = match read_ser(memory, place, size) {
+            Ok(ser) => ser,
+            Err(fault) => return on_fault(fault).map(|()| draft),
+        };
+        draft.compatible = ser.compatible;
         let expected = LuoSer::new(0, 0, 0).compatible;
-        place.expect("compatible", u64::from_le_bytes(ser.compatible), u64::from_le_bytes(expected))?;
-        let flbs = place.page_address("flbs_pa", ser.flbs.get())?;
+        let same =
+            place.expect("compatible", u64::from_le_bytes(ser.compatible), u64::from_le_bytes(expected));
+        if let Err(fault) = same {
+            return on_fault(fault).map(|()| draft);
+        }
+        draft.liveupdate_num = ser.liveupdate_num.get();
         // One for everything that is read here: each page is one thing.
         let mut seen = BTreeSet::from([page_of(address)]);
-        if !seen.insert(flbs) {
-            return Err(place.bad("flbs_pa", Problem::Repeated { found: flbs }));
+        let flbs = place.page_address("flbs_pa", ser.flbs.get()).and_then(|flbs| match seen.insert(flbs) {
+            true => Ok(flbs),
+            false => Err(place.bad("flbs_pa", Problem::Repeated { found: flbs })),
+        });
+        match flbs {
+            Ok(flbs) => draft.flbs_address = flbs,
+            Err(fault) => on_fault(fault)?,
         }
-        let chain = Chain::<SessionSer>::read(memory, ser.sessions.get(), &mut seen)?;
-        let mut pages = alloc::vec![page_of(address), flbs];
-        pages.extend(&chain.blocks);
-        let (liveupdate_num, flbs) = (ser.liveupdate_num.get(), flb::read(memory, flbs)?);
-        let mut luo = Self { liveupdate_num, sessions: Vec::new(), flbs, pages };
+        let chain = Chain::<SessionSer>::read_on(memory, ser.sessions.get(), &mut seen, on_fault)?;
+        draft.blocks = chain.blocks;
+        if draft.flbs_address != 0 {
+            draft.flbs = flb::read_on(memory, draft.flbs_address, on_fault)?;
+        }
         let mut names = BTreeSet::new();
-        for entry in &chain.entries {
-            let (session, blocks) = read_session(memory, place, entry, &mut seen)?;
-            if !names.insert(session.name) {
-                return Err(place.bad("session name", Problem::Repeated { found: luo.sessions.len() as u64 }));
+        for entry in chain.entries {
+            let session = read_session(memory, place, entry, &mut seen, on_fault)?;
+            let name = SessionName::read(&entry.name);
+            if name.is_some_and(|name| !names.insert(name)) {
+                let found = draft.sessions.len() as u64;
+                on_fault(place.bad("session name", Problem::Repeated { found }))?;
             }
-            luo.pages.extend(blocks);
-            luo.sessions.push(session);
+            draft.sessions.push(session);
         }
-        Ok(luo)
+        Ok(draft)
     }
+}
+
+fn read_ser(memory: &(impl Memory + ?Sized), place: Place, size: u64) -> Result<LuoSer, Malformed> {
+    if size < size_of::<LuoSer>() as u64 {
+        return Err(place.bad("blob-size", Problem::Truncated));
+    }
+    place.get(memory)
 }
 
 fn page_of(address: u64) -> u64 {
     address & !(PAGE_BYTES as u64 - 1)
 }
 
-/// The session of an entry, and the pages of its files' blocks.
 fn read_session(
     memory: &(impl Memory + ?Sized),
     place: Place,
-    entry: &SessionSer,
+    entry: SessionSer,
     seen: &mut BTreeSet<u64>,
-) -> Result<(Session, Vec<u64>), Malformed> {
-    let name =
-        SessionName::read(&entry.name).ok_or_else(|| place.bad("session name", Problem::NotTerminated))?;
-    let chain = Chain::<FileSer>::read(memory, entry.files.get(), seen)?;
-    place.expect("file count", entry.count.get(), chain.entries.len() as u64)?;
+    on_fault: &mut OnFault<'_>,
+) -> Result<DraftSession, Malformed> {
+    if SessionName::read(&entry.name).is_none() {
+        on_fault(place.bad("session name", Problem::NotTerminated))?;
+    }
+    let chain = Chain::<FileSer>::read_on(memory, entry.files.get(), seen, on_fault)?;
+    place.expect("file count", entry.count.get(), chain.entries.len() as u64).or_else(&mut *on_fault)?;
     let mut tokens = BTreeSet::new();
-    let file = |file: &FileSer| {
-        let compatible = Compatible::read(&file.compatible);
+    for file in &chain.entries {
         let token = file.token.get();
         if !tokens.insert(token) {
-            return Err(place.bad("token", Problem::Repeated { found: token }));
+            on_fault(place.bad("token", Problem::Repeated { found: token }))?;
         }
-        let compatible = compatible.ok_or_else(|| place.bad("compatible", Problem::NotTerminated))?;
-        Ok(File { compatible, data: file.data.get(), token })
-    };
-    let files = chain.entries.iter().map(file).collect::<Result<_, _>>()?;
-    Ok((Session { name, files }, chain.blocks))
+        if Compatible::read(&file.compatible).is_none() {
+            on_fault(place.bad("handler", Problem::NotTerminated))?;
+        }
+    }
+    Ok(DraftSession { entry, blocks: chain.blocks, files: chain.entries })
 }
 
 impl Session {
@@ -313,7 +397,7 @@ mod tests {
         assert_eq!(broken(3 * 4096 + 16, &[b'x'; 64]), "session name");
         assert_eq!(broken(3 * 4096 + 16 + 72, &[3]), "file count");
         assert_eq!(broken(4 * 4096 + 16 + 64 + 56, &[1]), "token");
-        assert_eq!(broken(4 * 4096 + 16, &[b'x'; 48]), "compatible");
+        assert_eq!(broken(4 * 4096 + 16, &[b'x'; 48]), "handler");
         assert_eq!(Luo::read(&memory(&session), 4096, 31).unwrap_err().field, "blob-size");
     }
 }

@@ -18,8 +18,10 @@ use crate::folio::Folio;
 use crate::folio::Rules;
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::vmalloc::Descriptor;
 
 /// The compatible string.
@@ -81,17 +83,32 @@ impl Memfd {
     ) -> Result<Self, Malformed> {
         let place = Place::new(COMPATIBLE, address);
         let ser: MemfdSer = place.get(memory)?;
-        let (size_bytes, seals) = (ser.size.get(), ser.seals.get());
-        if seals & !KNOWN_SEALS != 0 {
-            return Err(place.bad("seals", Problem::Unknown { found: seals.into() }));
-        }
-        if ser.flags.get() != 0 {
-            return Err(place.bad("flags", Problem::Unknown { found: ser.flags.get().into() }));
-        }
-        let pages = size_bytes.div_ceil(PAGE_SIZE);
-        let rules = Rules { pages, flags: flags::DIRTY | flags::UPTODATE, holes: true, order };
-        let folios = folio::read(memory, place, ser.nr_folios.get(), &ser.folios, &rules)?;
-        Ok(Self { pos: ser.pos.get(), size_bytes, seals, folios })
+        check(place, &ser, &mut stop)?;
+        let folios =
+            folio::read(memory, place, ser.nr_folios.get(), &ser.folios, &rules(ser.size.get(), order))?;
+        Ok(Self { pos: ser.pos.get(), size_bytes: ser.size.get(), seals: ser.seals.get(), folios })
+    }
+
+    /// Walks the folios of the memfd at `address`, past what is wrong, and gives its structure if it is there.
+    ///
+    /// # Errors
+    /// What `visit` and `on_fault` make of what they are told.
+    pub fn walk_on(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        order: &dyn Fn(Pfn) -> Option<Order>,
+        visit: &mut dyn FnMut(folio::Part) -> Result<(), Malformed>,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Option<MemfdSer>, Malformed> {
+        let place = Place::new(COMPATIBLE, address);
+        let ser: MemfdSer = match place.get(memory) {
+            Ok(ser) => ser,
+            Err(fault) => return on_fault(fault).map(|()| None),
+        };
+        check(place, &ser, on_fault)?;
+        let rules = rules(ser.size.get(), order);
+        folio::walk_on(memory, place, (ser.nr_folios.get(), &ser.folios), &rules, visit, on_fault)?;
+        Ok(Some(ser))
     }
 
     /// The structure of this memfd, whose [list](folio::encode) of folios lies behind `folios`.
@@ -105,4 +122,20 @@ impl Memfd {
             folios,
         }
     }
+}
+
+fn check(place: Place, ser: &MemfdSer, on_fault: &mut OnFault<'_>) -> Result<(), Malformed> {
+    let (seals, flags) = (ser.seals.get(), ser.flags.get());
+    if seals & !KNOWN_SEALS != 0 {
+        on_fault(place.bad("seals", Problem::Unknown { found: seals.into() }))?;
+    }
+    if flags != 0 {
+        on_fault(place.bad("flags", Problem::Unknown { found: flags.into() }))?;
+    }
+    Ok(())
+}
+
+fn rules<'a>(size_bytes: u64, order: &'a dyn Fn(Pfn) -> Option<Order>) -> Rules<'a> {
+    let pages = size_bytes.div_ceil(PAGE_SIZE);
+    Rules { pages, flags: flags::DIRTY | flags::UPTODATE, holes: true, order }
 }

@@ -20,8 +20,10 @@ use zerocopy::little_endian::U64;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 
 static CRC32C: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
 
@@ -88,6 +90,19 @@ impl Format {
     /// [`Malformed`] for another kind, a version that is not read, a payload over the limit, or another
     /// checksum.
     pub fn read(&self, memory: &(impl Memory + ?Sized), address: u64) -> Result<(u32, Vec<u8>), Malformed> {
+        self.read_on(memory, address, &mut stop)
+    }
+
+    /// Reads the record at `address` as [`Format::read`] does, past a checksum that is another one if `on_fault` says so.
+    ///
+    /// # Errors
+    /// As [`Format::read`]; of the checksum and the reserved field what `on_fault` makes of it.
+    pub fn read_on(
+        &self,
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<(u32, Vec<u8>), Malformed> {
         let place = Place::new(self.compatible, address);
         place.page_address("address", address)?;
         let header: RecordHeader = place.get(memory)?;
@@ -108,9 +123,9 @@ impl Format {
         let stored = header.checksum.get();
         let computed = checksum(&[RecordHeader { checksum: 0.into(), ..header }.as_bytes(), &payload]);
         if stored != computed {
-            return Err(place.bad("checksum", Problem::Checksum { stored, computed }));
+            on_fault(place.bad("checksum", Problem::Checksum { stored, computed }))?;
         }
-        place.expect("reserved", header.reserved.get().into(), 0)?;
+        place.expect("reserved", header.reserved.get().into(), 0).or_else(on_fault)?;
         Ok((version, payload))
     }
 

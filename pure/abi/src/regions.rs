@@ -27,8 +27,10 @@ use zerocopy::little_endian::U64;
 use crate::kho::SubtreeName;
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::numa::NODES;
 use crate::numa::Policy;
 use crate::record::Format;
@@ -195,8 +197,20 @@ pub struct RegionTable {
 /// [`Malformed`] if it is none, its first region is no memfd at 0, two regions overlap or do not ascend, or one's
 /// size and store cannot go together.
 pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<RegionTable, Malformed> {
+    read_on(memory, address, &mut stop)
+}
+
+/// Reads the table at `address` as [`read`] does, past a checksum that is another one if `on_fault` says so.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_on(
+    memory: &(impl Memory + ?Sized),
+    address: u64,
+    on_fault: &mut OnFault<'_>,
+) -> Result<RegionTable, Malformed> {
     let place = Place::new(FORMAT.compatible, address);
-    let (version, payload) = FORMAT.read(memory, address)?;
+    let (version, payload) = FORMAT.read_on(memory, address, on_fault)?;
     let (head, rest) = take::<Head>(place, "payload", &payload)?;
     place.expect("reserved", head.reserved.get(), 0)?;
     let entries = if version == V1.version {

@@ -17,8 +17,10 @@ use zerocopy::little_endian::U64;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
 use crate::memory::Problem;
+use crate::memory::stop;
 use crate::record::Format;
 use crate::record::checksum;
 use crate::record::whole;
@@ -89,8 +91,20 @@ impl StateRecord {
     /// # Errors
     /// [`Malformed`] if it is none.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
+        Self::read_on(memory, address, &mut stop)
+    }
+
+    /// Reads the record at `address` as [`StateRecord::read`] does, past a checksum that is another one if `on_fault` says so.
+    ///
+    /// # Errors
+    /// As [`StateRecord::read`].
+    pub fn read_on(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Self, Malformed> {
         let place = Place::new(FORMAT.compatible, address);
-        let (_, payload) = FORMAT.read(memory, address)?;
+        let (_, payload) = FORMAT.read_on(memory, address, on_fault)?;
         let state: &Payload = whole(place, &payload)?;
         let found = state.len_bytes.get();
         if found > MAX_STATE_BYTES {

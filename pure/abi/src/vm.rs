@@ -15,7 +15,9 @@ use zerocopy::little_endian::U64;
 
 use crate::memory::Malformed;
 use crate::memory::Memory;
+use crate::memory::OnFault;
 use crate::memory::Place;
+use crate::memory::stop;
 use crate::record::Format;
 use crate::record::whole;
 
@@ -86,7 +88,19 @@ impl VmRecord {
     /// # Errors
     /// [`Malformed`] if it is none.
     pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
-        let (_, payload) = FORMAT.read(memory, address)?;
+        Self::read_on(memory, address, &mut stop)
+    }
+
+    /// Reads the record at `address` as [`VmRecord::read`] does, past a checksum that is another one if `on_fault` says so.
+    ///
+    /// # Errors
+    /// As [`VmRecord::read`].
+    pub fn read_on(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Self, Malformed> {
+        let (_, payload) = FORMAT.read_on(memory, address, on_fault)?;
         let vm: &Payload = whole(Place::new(FORMAT.compatible, address), &payload)?;
         Ok(Self { identity: Identity::new(vm.identity), vm_type: vm.vm_type.get(), vcpus: vm.vcpus.get() })
     }
