@@ -138,7 +138,8 @@ impl RootSlot {
         checksum(&[Self { checksum: 0.into(), ..*self }.as_bytes()])
     }
 
-    fn is_valid(&self) -> bool {
+    /// True if its checksum is that of its bytes, and it was ever written.
+    pub fn is_valid(&self) -> bool {
         self.generation != 0 && self.checksum == self.sum()
     }
 
@@ -157,6 +158,14 @@ impl RootSlot {
         SLOT_ADDRESSES[if generation.is_multiple_of(2) { 0 } else { 1 }]
     }
 
+    /// Reads the slot at one of the [places](SLOT_ADDRESSES), valid or not.
+    ///
+    /// # Errors
+    /// [`Malformed`] if nothing is there.
+    pub fn read_at(memory: &(impl Memory + ?Sized), address: u64) -> Result<Self, Malformed> {
+        Place::new(FORMAT, address).get(memory)
+    }
+
     /// Reads the slot that counts.
     ///
     /// # Errors
@@ -166,7 +175,7 @@ impl RootSlot {
         let mut newest: Option<Self> = None;
         for address in SLOT_ADDRESSES {
             let place = Place::new(FORMAT, address);
-            let slot: Self = place.get(memory)?;
+            let slot = Self::read_at(memory, address)?;
             let (found, limit) = (slot.generation(), MAX_GENERATION);
             if slot.is_valid() && found > limit {
                 return Err(place.bad("generation", Problem::TooLarge { found, limit }));

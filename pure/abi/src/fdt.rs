@@ -2,23 +2,107 @@
 //!
 //! Big-endian throughout, but for the payloads, which are whoever's wrote them.
 
+use alloc::vec::Vec;
+
 use crate::memory::Malformed;
 use crate::memory::Place;
 use crate::memory::Problem;
 
 /// First four bytes.
 pub const MAGIC: u32 = 0xd00d_feed;
-pub(crate) const VERSION: u32 = 17;
-pub(crate) const LAST_COMPATIBLE_VERSION: u32 = 16;
-pub(crate) const BEGIN_NODE: u32 = 1;
-pub(crate) const END_NODE: u32 = 2;
-pub(crate) const PROP: u32 = 3;
+const VERSION: u32 = 17;
+const LAST_COMPATIBLE_VERSION: u32 = 16;
+const BEGIN_NODE: u32 = 1;
+const END_NODE: u32 = 2;
+const PROP: u32 = 3;
 const NOP: u32 = 4;
-pub(crate) const END: u32 = 9;
+const END: u32 = 9;
 pub(crate) const HEADER_BYTES: usize = 40;
 /// The sequential writer aligns the header to a reserve entry.
 pub(crate) const FRESH_RESERVE_MAP: usize = 48;
-pub(crate) const RESERVE_ENTRY_BYTES: usize = 16;
+const RESERVE_ENTRY_BYTES: usize = 16;
+
+/// Grows the structure block and the strings block of a device tree.
+#[derive(Default)]
+pub(crate) struct Writer {
+    structure: Vec<u8>,
+    strings: Vec<u8>,
+}
+
+impl Writer {
+    fn cell(&mut self, value: usize) {
+        let cell = u32::try_from(value).unwrap_or(u32::MAX);
+        self.structure.extend_from_slice(&cell.to_be_bytes());
+    }
+
+    fn token(&mut self, token: u32) {
+        self.structure.extend_from_slice(&token.to_be_bytes());
+    }
+
+    fn padded(&mut self, bytes: &[u8]) {
+        self.structure.extend_from_slice(bytes);
+        self.structure.resize(self.structure.len().next_multiple_of(4), 0);
+    }
+
+    pub(crate) fn begin_node(&mut self, name: &[u8]) {
+        self.token(BEGIN_NODE);
+        self.structure.extend_from_slice(name);
+        self.padded(&[0]);
+    }
+
+    /// Offset of `name` in the strings block, where it is added if it is not there yet.
+    pub(crate) fn string(&mut self, name: &str) -> usize {
+        let found = self.strings.split(|byte| *byte == 0).scan(0, |offset, text| {
+            let at = *offset;
+            *offset += text.len() + 1;
+            Some((at, text))
+        });
+        if let Some((at, _)) =
+            found.into_iter().find(|(_, text)| !text.is_empty() && *text == name.as_bytes())
+        {
+            return at;
+        }
+        let at = self.strings.len();
+        self.strings.extend_from_slice(name.as_bytes());
+        self.strings.push(0);
+        at
+    }
+
+    pub(crate) fn end_node(&mut self) {
+        self.token(END_NODE);
+    }
+
+    pub(crate) fn property(&mut self, name: &str, value: &[u8]) {
+        let name = self.string(name);
+        self.token(PROP);
+        self.cell(value.len());
+        self.cell(name);
+        self.padded(value);
+    }
+
+    pub(crate) fn finish(mut self, reserve_map: usize) -> Vec<u8> {
+        self.token(END);
+        let structure = reserve_map + RESERVE_ENTRY_BYTES;
+        let strings = structure + self.structure.len();
+        let total = strings + self.strings.len();
+        let mut page = Writer::default();
+        page.token(MAGIC);
+        page.cell(total);
+        page.cell(structure);
+        page.cell(strings);
+        page.cell(reserve_map);
+        page.token(VERSION);
+        page.token(LAST_COMPATIBLE_VERSION);
+        page.token(0);
+        page.cell(self.strings.len());
+        page.cell(self.structure.len());
+        let mut bytes = page.structure;
+        bytes.resize(structure, 0);
+        bytes.append(&mut self.structure);
+        bytes.append(&mut self.strings);
+        bytes
+    }
+}
 
 /// Walks the nodes and properties of a tree, in the order in which they stand.
 #[derive(Debug, Clone)]

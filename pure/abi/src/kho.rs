@@ -17,6 +17,7 @@ use thiserror::Error;
 use crate::fdt;
 use crate::fdt::Reader;
 use crate::fdt::Token;
+use crate::fdt::Writer;
 use crate::memory::Malformed;
 use crate::memory::Memory;
 use crate::memory::OnFault;
@@ -65,84 +66,6 @@ pub struct TooManySubtrees {
     pub subtrees: usize,
 }
 
-/// Grows the structure block and the strings block of a device tree.
-#[derive(Default)]
-struct Writer {
-    structure: Vec<u8>,
-    strings: Vec<u8>,
-}
-
-impl Writer {
-    fn cell(&mut self, value: usize) {
-        let cell = u32::try_from(value).unwrap_or(u32::MAX);
-        self.structure.extend_from_slice(&cell.to_be_bytes());
-    }
-
-    fn token(&mut self, token: u32) {
-        self.structure.extend_from_slice(&token.to_be_bytes());
-    }
-
-    fn padded(&mut self, bytes: &[u8]) {
-        self.structure.extend_from_slice(bytes);
-        self.structure.resize(self.structure.len().next_multiple_of(4), 0);
-    }
-
-    fn begin_node(&mut self, name: &[u8]) {
-        self.token(fdt::BEGIN_NODE);
-        self.structure.extend_from_slice(name);
-        self.padded(&[0]);
-    }
-
-    /// Offset of `name` in the strings block, where it is added if it is not there yet.
-    fn string(&mut self, name: &str) -> usize {
-        let found = self.strings.split(|byte| *byte == 0).scan(0, |offset, text| {
-            let at = *offset;
-            *offset += text.len() + 1;
-            Some((at, text))
-        });
-        if let Some((at, _)) =
-            found.into_iter().find(|(_, text)| !text.is_empty() && *text == name.as_bytes())
-        {
-            return at;
-        }
-        let at = self.strings.len();
-        self.strings.extend_from_slice(name.as_bytes());
-        self.strings.push(0);
-        at
-    }
-
-    fn property(&mut self, name: &str, value: &[u8]) {
-        let name = self.string(name);
-        self.token(fdt::PROP);
-        self.cell(value.len());
-        self.cell(name);
-        self.padded(value);
-    }
-
-    fn finish(mut self, reserve_map: usize) -> Vec<u8> {
-        self.token(fdt::END);
-        let structure = reserve_map + fdt::RESERVE_ENTRY_BYTES;
-        let strings = structure + self.structure.len();
-        let total = strings + self.strings.len();
-        let mut page = Writer::default();
-        page.token(fdt::MAGIC);
-        page.cell(total);
-        page.cell(structure);
-        page.cell(strings);
-        page.cell(reserve_map);
-        page.token(fdt::VERSION);
-        page.token(fdt::LAST_COMPATIBLE_VERSION);
-        page.token(0);
-        page.cell(self.strings.len());
-        page.cell(self.structure.len());
-        let mut bytes = page.structure;
-        bytes.resize(structure, 0);
-        bytes.append(&mut self.structure);
-        bytes.append(&mut self.strings);
-        bytes
-    }
-}
-
 impl RootFdt {
     /// The tree's bytes, at most a page, as the kernel would have built it.
     ///
@@ -164,9 +87,9 @@ impl RootFdt {
             writer.begin_node(subtree.name.bytes());
             writer.property(SIZE_NAME, &subtree.size.to_le_bytes());
             writer.property(DATA_NAME, &subtree.data.to_le_bytes());
-            writer.token(fdt::END_NODE);
+            writer.end_node();
         }
-        writer.token(fdt::END_NODE);
+        writer.end_node();
         let reserve_map = if self.subtrees.is_empty() { fdt::FRESH_RESERVE_MAP } else { fdt::HEADER_BYTES };
         let bytes = writer.finish(reserve_map);
         if bytes.len() > PAGE_BYTES {

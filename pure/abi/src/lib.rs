@@ -17,6 +17,7 @@
 //! | [`vmalloc`] | list of scattered pages | the kernel's |
 //! | [`block`], [`luo`], [`flb`] | sessions, files and what files share, `luo-v5` | the kernel's |
 //! | [`memfd`], [`folio`] | a memfd, `memfd-v2`, and its folios | the kernel's |
+//! | [`kexec_metadata`], [`memblock`] | which kernel handed over, and memory that was reserved by name | the kernel's |
 //! | [`kvm_vm`], [`guest_memfd`] | a VM and its guest_memfd, `kvm_vm_luo_v1` and `guest_memfd_luo_v1` | the kernel series' |
 //! | [`record`] | the fixed head of our own records | ours |
 //! | [`regions`], [`gmem`], [`vm`], [`state`] | region table, guest memory, machine, state of a vCPU or device | ours |
@@ -40,9 +41,11 @@ pub mod foreign;
 pub mod gmem;
 pub mod groups;
 pub mod guest_memfd;
+pub mod kexec_metadata;
 pub mod kho;
 pub mod kvm_vm;
 pub mod luo;
+pub mod memblock;
 pub mod memfd;
 pub mod memory;
 pub mod note;

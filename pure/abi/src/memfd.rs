@@ -26,6 +26,8 @@ use crate::vmalloc::Descriptor;
 
 /// The compatible string.
 pub const COMPATIBLE: &str = "memfd-v2";
+/// The compatible string of the version before.
+pub const COMPATIBLE_V1: &str = "memfd-v1";
 /// Seals that there are: SEAL, SHRINK, GROW, WRITE, FUTURE_WRITE and EXEC.
 pub const KNOWN_SEALS: u32 = 0x3f;
 
@@ -56,6 +58,22 @@ pub struct MemfdSer {
 }
 
 const _: () = assert!(size_of::<MemfdSer>() == 48);
+
+/// The structure of `memfd-v1`, before there were seals. It is only looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct MemfdSer1 {
+    /// The file's position, in bytes.
+    pub pos: U64,
+    /// The file's size, in bytes.
+    pub size: U64,
+    /// Records in the list.
+    pub nr_folios: U64,
+    /// The list; zero if it is empty.
+    pub folios: Descriptor,
+}
+
+const _: () = assert!(size_of::<MemfdSer1>() == 40);
 
 /// A memfd.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,6 +124,27 @@ impl Memfd {
             Err(fault) => return on_fault(fault).map(|()| None),
         };
         check(place, &ser, on_fault)?;
+        let rules = rules(ser.size.get(), order);
+        folio::walk_on(memory, place, (ser.nr_folios.get(), &ser.folios), &rules, visit, on_fault)?;
+        Ok(Some(ser))
+    }
+
+    /// Walks the folios of the memfd of version 1 at `address`, as [`Memfd::walk_on`] does.
+    ///
+    /// # Errors
+    /// What `visit` and `on_fault` make of what they are told.
+    pub fn walk_v1_on(
+        memory: &(impl Memory + ?Sized),
+        address: u64,
+        order: &dyn Fn(Pfn) -> Option<Order>,
+        visit: &mut dyn FnMut(folio::Part) -> Result<(), Malformed>,
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Option<MemfdSer1>, Malformed> {
+        let place = Place::new(COMPATIBLE_V1, address);
+        let ser: MemfdSer1 = match place.get(memory) {
+            Ok(ser) => ser,
+            Err(fault) => return on_fault(fault).map(|()| None),
+        };
         let rules = rules(ser.size.get(), order);
         folio::walk_on(memory, place, (ser.nr_folios.get(), &ser.folios), &rules, visit, on_fault)?;
         Ok(Some(ser))
