@@ -34,6 +34,7 @@ pub(crate) enum Command {
     Stop(Stop),
     Console(Console),
     Check(Check),
+    Inspect(Inspect),
     Completions(Completions),
     Man(Man),
 }
@@ -337,6 +338,46 @@ pub(crate) struct Check {
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     pub(crate) cmdline: Option<String>,
     /// Give what was found as JSON (schema: docs/check.schema.json).
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Shows what is handed over: the state of Kexec Handover and of the Live Update Orchestrator, of a machine or of a kernel.
+///
+/// SOURCE is one of
+///   NAME           a machine that runs
+///   arena:PATH     region 0 of a machine: a file, or /proc/PID/fd/N
+///   debugfs:DIR    /sys/kernel/debug/kho/in or out of a kernel, or a copy of it
+///   memory:FILE    a whole machine's memory: a raw image (as QEMU's pmemsave writes it), plain or zstd, an ELF core
+///                  (vmcore), or /proc/kcore
+///
+/// Of a broken state it says what is wrong, and shows the rest. What a running kernel has read is stale in part: it is said.
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment, after_help = "\
+Exit code: 0 if it was shown, 1 if not, or if with --verify something is wrong, 2 for a wrong command line, 3 if there is no such
+machine.
+
+Example: tideover inspect web1
+    tideover inspect --verify memory:/var/crash/vmcore
+    tideover inspect --json debugfs:/sys/kernel/debug/kho/in | jq .kho.preserved_by_order
+    tideover inspect --diff arena:before arena:after")]
+pub(crate) struct Inspect {
+    /// Where the state is read from; with --diff two of them.
+    #[arg(value_name = "SOURCE", required = true, num_args = 1..=2)]
+    pub(crate) sources: Vec<String>,
+    /// Where the root FDT is in memory:FILE [default: it is searched for].
+    #[arg(long, value_name = "ADDRESS", value_parser = size::address)]
+    pub(crate) fdt_address: Option<u64>,
+    /// List each folio of each file, too.
+    #[arg(long, conflicts_with = "diff")]
+    pub(crate) folios: bool,
+    /// Say of every rule that is broken which it is, and where; exit with 1 if that makes the state unusable.
+    #[arg(long, conflicts_with = "diff")]
+    pub(crate) verify: bool,
+    /// Say what the second source has that the first has not, what it has not any more, and what is another.
+    #[arg(long)]
+    pub(crate) diff: bool,
+    /// Give what was found as JSON (schema: docs/inspect.schema.json).
     #[arg(long)]
     pub(crate) json: bool,
 }

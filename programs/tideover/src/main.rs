@@ -14,6 +14,7 @@ mod cli;
 mod console;
 mod demo;
 mod first_vmm;
+mod inspect;
 mod keeper;
 mod kexec;
 mod leavers;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
         cli::Command::Console(arguments) => console::console(&arguments),
         cli::Command::Check(arguments) => check::check(&arguments),
+        cli::Command::Inspect(arguments) => inspect::inspect(&arguments),
         cli::Command::Completions(arguments) => pages::completions(&arguments),
         cli::Command::Man(arguments) => pages::man(&arguments),
     })

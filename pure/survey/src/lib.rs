@@ -28,6 +28,7 @@ use alloc::vec::Vec;
 use abi::Memory;
 
 pub use model::*;
+pub use read::Folios;
 pub use read::folios;
 pub use rules::RULES;
 pub use rules::Rule;
