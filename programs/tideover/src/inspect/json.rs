@@ -3,7 +3,6 @@
 use std::io;
 use std::io::Write;
 
-use anyhow::Context as _;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 use serde_json::ser::PrettyFormatter;
@@ -66,10 +65,10 @@ impl Formatter for Plain {
 }
 
 /// Writes a value, and ends the line.
-pub(crate) fn write(to: &mut impl Write, value: &impl Serialize) -> anyhow::Result<()> {
+pub(super) fn write(to: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
     let mut serializer = serde_json::Serializer::with_formatter(&mut *to, Plain::default());
-    value.serialize(&mut serializer).context("cannot write the result")?;
-    to.write_all(b"\n").context("cannot write the result")
+    value.serialize(&mut serializer)?;
+    to.write_all(b"\n")
 }
 
 #[cfg(test)]

@@ -1,10 +1,15 @@
 //! `tideover inspect`: what is handed over, read from wherever it is.
 
+mod branch;
+mod diff;
 mod json;
+mod show;
 mod source;
 
+use std::io;
 use std::io::BufWriter;
-use std::io::Write as _;
+use std::io::ErrorKind;
+use std::io::Write;
 use std::process::ExitCode;
 
 use abi::Memory;
@@ -34,15 +39,49 @@ struct Report<'a> {
 }
 
 pub(crate) fn inspect(arguments: &cli::Inspect) -> anyhow::Result<ExitCode> {
-    let [source] = arguments.sources.as_slice() else { bail!("two sources are for --diff") };
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    let code = match (arguments.sources.as_slice(), arguments.diff) {
+        ([source], false) => show(&mut out, arguments, source)?,
+        ([from, to], true) => compare(&mut out, arguments, [from, to])?,
+        (_, true) => bail!("--diff compares two sources"),
+        _ => bail!("two sources are for --diff"),
+    };
+    // Who reads no further, as `head`, has what he wants.
+    match out.flush() {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write the result"),
+        _ => Ok(code),
+    }
+}
+
+fn show(out: &mut impl Write, arguments: &cli::Inspect, source: &str) -> anyhow::Result<ExitCode> {
     let source = Source::open(source, arguments.fdt_address)?;
     let survey = source.survey();
-    let mut out = BufWriter::new(std::io::stdout().lock());
-    let folios = arguments.folios.then(|| AllFolios { memory: source.memory(), survey: &survey });
-    json::write(&mut out, &Report { source: &source.told, survey: &survey, folios })?;
-    out.flush().context("cannot write the result")?;
+    let written = match arguments.json {
+        true => {
+            let folios = arguments.folios.then(|| AllFolios { memory: source.memory(), survey: &survey });
+            json::write(out, &Report { source: &source.told, survey: &survey, folios })
+        }
+        false => show::write(out, &source, &survey, arguments.folios, arguments.verify),
+    };
+    done(written)?;
     let wrong = survey.findings.iter().any(|finding| finding.severity == Severity::Error);
     Ok(if arguments.verify && wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn compare(out: &mut impl Write, arguments: &cli::Inspect, sources: [&str; 2]) -> anyhow::Result<ExitCode> {
+    let [from, to] = sources;
+    let (from, to) = (Source::open(from, arguments.fdt_address)?, Source::open(to, arguments.fdt_address)?);
+    let (before, after) = (from.survey(), to.survey());
+    let diff = diff::diff((&from.told, &before), (&to.told, &after));
+    done(if arguments.json { json::write(out, &diff) } else { diff.write(out) })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn done(written: io::Result<()>) -> anyhow::Result<()> {
+    match written {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write the result"),
+        _ => Ok(()),
+    }
 }
 
 /// The folios of all files, each list written as it is read.
