@@ -353,14 +353,17 @@ pub(crate) struct Check {
 ///
 /// Of a broken state it says what is wrong, and shows the rest. What a running kernel has read is stale in part: it is said.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment, after_help = "\
+#[command(
+    verbatim_doc_comment,
+    after_help = "\
 Exit code: 0 if it was shown, 1 if not, or if with --verify something is wrong, 2 for a wrong command line, 3 if there is no such
 machine.
 
 Example: tideover inspect web1
     tideover inspect --verify memory:/var/crash/vmcore
     tideover inspect --json debugfs:/sys/kernel/debug/kho/in | jq .kho.preserved_by_order
-    tideover inspect --diff arena:before arena:after")]
+    tideover inspect --diff arena:before arena:after"
+)]
 pub(crate) struct Inspect {
     /// Where the state is read from; with --diff two of them.
     #[arg(value_name = "SOURCE", required = true, num_args = 1..=2)]

@@ -81,6 +81,8 @@ pub struct Chain<E> {
     pub blocks: Vec<u64>,
     /// The entries of all blocks.
     pub entries: Vec<E>,
+    /// Every block that another one follows is full, as writers leave them. A reader takes any others, too.
+    pub filled: bool,
 }
 
 impl<E: FromBytes + IntoBytes + Clone> Chain<E> {
@@ -110,7 +112,7 @@ impl<E: FromBytes + IntoBytes + Clone> Chain<E> {
         seen: &mut BTreeSet<u64>,
         on_fault: &mut OnFault<'_>,
     ) -> Result<Self, Malformed> {
-        let mut chain = Self { blocks: Vec::new(), entries: Vec::new() };
+        let mut chain = Self { blocks: Vec::new(), entries: Vec::new(), filled: true };
         let mut next = first;
         while next != 0 {
             let page = match enter(memory, next, chain.blocks.len(), seen) {
@@ -130,6 +132,7 @@ impl<E: FromBytes + IntoBytes + Clone> Chain<E> {
                     rest.chunks_exact(size_of::<E>()).take_while(zero).count()
                 }
             };
+            chain.filled &= next == 0 || count == capacity::<E>();
             let read = rest.chunks_exact(size_of::<E>()).take(count);
             chain.entries.extend(read.filter_map(|entry| E::read_from_bytes(entry).ok()));
         }

@@ -150,7 +150,8 @@ pub(crate) fn walk_on(
         told = true;
         on_fault(fault)?;
     }
-    let mut records = Records { place, rules, runs: memory.runs(), left: count, begins: 0, overcounted: told };
+    let mut records =
+        Records { place, rules, runs: memory.runs(), left: count, begins: 0, overcounted: told };
     let mut pages = 0u64;
     // Two closures have to tell of faults.
     let faults = RefCell::new(on_fault);
@@ -229,11 +230,7 @@ impl Records<'_> {
         Ok(())
     }
 
-    fn record(
-        &mut self,
-        record: &Record,
-        on_fault: &mut OnFault<'_>,
-    ) -> Result<Option<Part>, Malformed> {
+    fn record(&mut self, record: &Record, on_fault: &mut OnFault<'_>) -> Result<Option<Part>, Malformed> {
         let Self { place, rules, runs, .. } = self;
         let (word, index) = (record.word.get(), record.index.get());
         let number = word & ((1 << PFN_BITS) - 1);

@@ -154,6 +154,8 @@ pub struct Draft {
     pub flbs_address: u64,
     /// Pages of the blocks of sessions.
     pub blocks: Vec<u64>,
+    /// Each of them that another one follows is full.
+    pub filled: bool,
     /// The sessions, the first created first.
     pub sessions: Vec<DraftSession>,
     /// Objects that files share.
@@ -167,6 +169,8 @@ pub struct DraftSession {
     pub entry: SessionSer,
     /// Pages of the blocks of its files.
     pub blocks: Vec<u64>,
+    /// Each of them that another one follows is full.
+    pub filled: bool,
     /// Its files, as they are listed.
     pub files: Vec<FileSer>,
 }
@@ -221,7 +225,7 @@ impl Draft {
             Err(fault) => on_fault(fault)?,
         }
         let chain = Chain::<SessionSer>::read_on(memory, ser.sessions.get(), &mut seen, on_fault)?;
-        draft.blocks = chain.blocks;
+        (draft.blocks, draft.filled) = (chain.blocks, chain.filled);
         if draft.flbs_address != 0 {
             draft.flbs = flb::read_on(memory, draft.flbs_address, on_fault)?;
         }
@@ -272,7 +276,7 @@ fn read_session(
             on_fault(place.bad("handler", Problem::NotTerminated))?;
         }
     }
-    Ok(DraftSession { entry, blocks: chain.blocks, files: chain.entries })
+    Ok(DraftSession { entry, blocks: chain.blocks, filled: chain.filled, files: chain.entries })
 }
 
 impl Session {

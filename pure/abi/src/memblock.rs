@@ -125,7 +125,9 @@ fn region(
     Ok(match (start, size) {
         _ if !known => bad("region", "is not reserve-mem-v1"),
         _ if name.is_empty() || name.len() > MAX_NAME => bad("region", "has no name of 1 to 15 bytes"),
-        (Some(start), Some(size)) if start != 0 && size != 0 => Ok(Region { name: name.to_vec(), start, size }),
+        (Some(start), Some(size)) if start != 0 && size != 0 => {
+            Ok(Region { name: name.to_vec(), start, size })
+        }
         (None | Some(0), _) => bad("start", "is missing, zero or not 8 bytes long"),
         _ => bad("size", "is missing, zero or not 8 bytes long"),
     })

@@ -249,7 +249,11 @@ impl<M: Memory + ?Sized> Walk<'_, '_, M> {
             let problem = Problem::TooLarge { found: self.pages, limit: total };
             // What there is not so many pages for was told already.
             let told = self.pages <= total;
-            return if told { Ok(false) } else { (self.on_fault)(place.bad("blocks", problem)).map(|()| false) };
+            return if told {
+                Ok(false)
+            } else {
+                (self.on_fault)(place.bad("blocks", problem)).map(|()| false)
+            };
         }
         self.named += 1;
         let range = place.page_address("blocks", block).and_then(|block| {

@@ -94,9 +94,10 @@ pub(crate) fn regions<'a, M: Memory>(
 ) -> View<'a, M> {
     const TABLE: &str = "table of regions";
     let table = draft.subtrees.iter().find(|subtree| subtree.name == regions::SUBTREE.bytes());
+    let unknown = format!("{TABLE}: without it, it is not known where guest memory lies");
     let Some(address) = table.and_then(|table| table.data) else {
-        findings.unread(format!("{TABLE}: there is none, so it is not known where guest memory lies"));
-        return View::with_runs(memory, runs_of(memory, arena));
+        findings.unread(unknown);
+        return View::with_runs(memory, anywhere());
     };
     let mut on_fault = |fault| {
         findings.fault(TABLE, &fault);
@@ -119,9 +120,18 @@ pub(crate) fn regions<'a, M: Memory>(
                 })
                 .collect();
         }
-        Err(fault) => findings.fault(TABLE, &fault),
+        Err(fault) => {
+            findings.fault(TABLE, &fault);
+            findings.unread(unknown);
+            return View::with_runs(memory, anywhere());
+        }
     }
     View::with_runs(memory, runs_of(memory, arena))
+}
+
+/// All of the address space: what is to be taken for memory where it is not known what is.
+fn anywhere() -> Vec<PageRange> {
+    PageRange::new(Pfn::ZERO, 1 << pages::PFN_BITS).into_iter().collect()
 }
 
 /// Region 0 as the header has it, or as it is there.

@@ -101,6 +101,11 @@ pub(crate) fn read<M: Memory>(
         found.handler_known = Known::Unknown;
         return found;
     }
+    let known = is_known(&found.handler);
+    if data == 0 && known {
+        context.findings.add("address-not-zero", &label, None, Some("data"), "its handler's structure has no address");
+        return found;
+    }
     found.read = by_handler(context, &label, &mut found);
     if found.handler_known == Known::Unknown {
         let words = format!("nothing is known of `{name}`: its memory is not either");
@@ -108,6 +113,11 @@ pub(crate) fn read<M: Memory>(
         context.findings.lost = true;
     }
     found
+}
+
+fn is_known(handler: &str) -> bool {
+    let kernels = [memfd::COMPATIBLE, memfd::COMPATIBLE_V1, guest_memfd::COMPATIBLE, kvm_vm::COMPATIBLE];
+    kernels.contains(&handler) || records::is_ours(handler)
 }
 
 fn by_handler<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) -> bool {
@@ -228,8 +238,8 @@ impl Tally {
             self.head.push((folio.index, folio.frames));
         }
         if let Some((index, run)) = &mut self.run {
-            let adjacent =
-                run.end() == folio.frames.start().get() && index.checked_add(run.len_pages()) == Some(folio.index);
+            let adjacent = run.end() == folio.frames.start().get()
+                && index.checked_add(run.len_pages()) == Some(folio.index);
             let longer = PageRange::new(run.start(), run.len_pages().saturating_add(len));
             if let (true, Ok(longer)) = (adjacent, longer) {
                 *run = longer;
@@ -371,7 +381,8 @@ pub(crate) fn check_list(findings: &mut Findings, label: &str, descriptor: &Desc
     }
     let blocks = usize::try_from(list.blocks).unwrap_or(usize::MAX);
     let full = blocks > 0 && blocks.is_multiple_of(vmalloc::CHUNK_BLOCKS);
-    let told = findings.list.iter().any(|finding| finding.subject == label && finding.rule.starts_with("vmalloc-"));
+    let told =
+        findings.list.iter().any(|finding| finding.subject == label && finding.rule.starts_with("vmalloc-"));
     if full && !told && list.chunks < Descriptor::chunks(blocks) as u64 {
         let words = format!("{blocks} blocks fill {} chunks, and no other follows", list.chunks);
         findings.add("vmalloc-trailing-chunk", label, Some(list.first), Some("next"), &words);
@@ -383,12 +394,24 @@ fn check_folios(findings: &mut Findings, label: &str, file: &File) {
     let size = file.size.unwrap_or_default();
     if file.handler == guest_memfd::COMPATIBLE {
         if table.by_order.keys().any(|order| *order != 0) {
-            findings.add("guest-memfd-order", label, Some(file.data), None, "it has folios of more than one page");
+            findings.add(
+                "guest-memfd-order",
+                label,
+                Some(file.data),
+                None,
+                "it has folios of more than one page",
+            );
         }
         return;
     }
     if size.div_ceil(PAGE_SIZE) >= MEMFD_PAGES {
-        findings.add("memfd-size", label, Some(file.data), Some("size"), &format!("the size is {size} bytes"));
+        findings.add(
+            "memfd-size",
+            label,
+            Some(file.data),
+            Some("size"),
+            &format!("the size is {size} bytes"),
+        );
     }
     if table.hole_records > 0 {
         let words = format!("{} records are holes", table.hole_records);
@@ -410,7 +433,8 @@ fn kvm_vm<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File)
     let (layout, odd) = match draft.layout {
         kvm_vm::Layout::Type => ("type", None),
         kvm_vm::Layout::State { address } => {
-            let words = format!("it has the layout of 16 bytes, with the architecture's state at {address:#x}");
+            let words =
+                format!("it has the layout of 16 bytes, with the architecture's state at {address:#x}");
             ("type, architecture's state", Some(words))
         }
         kvm_vm::Layout::Attributes { count, list } => {
@@ -418,7 +442,9 @@ fn kvm_vm<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File)
             let words = format!("it has the layout of 32 bytes, with {count} memory attributes");
             ("type, memory attributes", Some(words))
         }
-        kvm_vm::Layout::Unknown => ("unknown", Some("it has none of the three layouts that are known".to_string())),
+        kvm_vm::Layout::Unknown => {
+            ("unknown", Some("it has none of the three layouts that are known".to_string()))
+        }
     };
     file.layout = Some(layout.to_string());
     if let kvm_vm::Layout::State { address } = draft.layout {
@@ -479,7 +505,8 @@ pub(crate) fn check_states<M>(context: &mut Context<'_, M>, luo: &Luo) {
     for other in saved.filter(|other| other.identity == first.identity && other.epoch != first.epoch) {
         let (epoch, wanted) = (other.epoch.unwrap_or_default(), first.epoch.unwrap_or_default());
         let label = context.picture.label(other.owner);
-        let words = format!("it was saved for the seal of epoch {epoch}, another one for that of epoch {wanted}");
+        let words =
+            format!("it was saved for the seal of epoch {epoch}, another one for that of epoch {wanted}");
         context.findings.add("state-epoch", &label, Some(other.data), Some("epoch"), &words);
     }
 }
@@ -565,7 +592,9 @@ fn property(blob: &[u8], wanted: &[u8]) -> Option<u64> {
     reader.next().ok()?;
     loop {
         match reader.next().ok()? {
-            Token::Property(name, value) if name == wanted => return value.try_into().ok().map(u64::from_le_bytes),
+            Token::Property(name, value) if name == wanted => {
+                return value.try_into().ok().map(u64::from_le_bytes);
+            }
             Token::Property(..) => {}
             _ => return None,
         }

@@ -49,7 +49,7 @@ fn keys(prefix: u64, words: impl Iterator<Item = u64>) -> impl Iterator<Item = K
     (0u64..).zip(words).flat_map(move |(index, word)| {
         let bits = core::iter::successors(Some(word), |left| Some(left & left.wrapping_sub(1)));
         let bits = bits.take_while(|left| *left != 0).map(|left| u64::from(left.trailing_zeros()));
-        bits.filter_map(move |bit| Key::new(prefix << LEAF_BITS | index * 64 | bit))
+        bits.filter_map(move |bit| Key::new((prefix << LEAF_BITS) | (index * 64) | bit))
     })
 }
 
@@ -140,7 +140,8 @@ impl Marks {
             let words = leaf.preserved.iter().map(move |word| if none { 0 } else { *word });
             keys(*prefix, words).filter_map(move |key| {
                 let start = key.range().start();
-                let above = |order: &&Order| **order > key.order() && self.is_preserved(Key::of(start, **order));
+                let above =
+                    |order: &&Order| **order > key.order() && self.is_preserved(Key::of(start, **order));
                 let orders = if larger.is_empty() { &self.orders } else { &larger };
                 let found = orders.iter().find(above)?;
                 Some((key, Key::of(start, *found)))

@@ -135,7 +135,10 @@ impl Picture {
                 continue;
             };
             if self.marks.claim(key) {
-                twice.get_or_insert(key);
+                // Several may have a part of one block each.
+                if range.covers(key.range()) {
+                    twice.get_or_insert(key);
+                }
             } else {
                 self.count(owner, key, metadata);
             }
@@ -192,7 +195,8 @@ impl Picture {
     }
 
     fn paint(&mut self, owner: Option<usize>, order: Order, range: PageRange) {
-        let (mut at, end) = (range.start().address(), range.start().address().saturating_add(range.len_bytes()));
+        let (mut at, end) =
+            (range.start().address(), range.start().address().saturating_add(range.len_bytes()));
         // What a hostile tree preserves beyond memory has no place on the map.
         let last = self.runs.last().map_or(0, |run| run.end().saturating_mul(PAGE_SIZE));
         let end = end.min(last);

@@ -10,7 +10,6 @@ use alloc::vec::Vec;
 use abi::Malformed;
 use abi::Memory;
 use abi::Problem;
-use abi::block;
 use abi::holds;
 use abi::kexec_metadata;
 use abi::kho;
@@ -97,7 +96,8 @@ pub(crate) fn read<M: Memory>(memory: &M, root: &Root, options: Options) -> Surv
     let identity = survey.arena.as_ref().and_then(|arena| arena.identity.clone());
     let mut context = Context { view, options, findings, picture, identity };
     if let Some((mut kho, draft)) = draft {
-        read_tree(&mut context, &mut kho, survey.arena.is_some());
+        let region0 = survey.arena.as_ref().map(|arena| arena.region0_bytes.unwrap_or_default());
+        read_tree(&mut context, &mut kho, region0);
         read_blobs(&mut context, &mut kho, &mut survey, &draft);
         survey.kho = Some(kho);
     }
@@ -145,14 +145,24 @@ fn read_root(page: &[u8], address: Option<u64>, findings: &mut Findings) -> (Kho
         match (fault.field, version_known) {
             ("compatible", Known::Older) => {
                 let words = format!("the root FDT is {named}, an earlier version: what can be read of it is");
-                findings.add_as(Severity::Warning, "kho-version", "root FDT", address, Some("compatible"), &words);
+                findings.add_as(
+                    Severity::Warning,
+                    "kho-version",
+                    "root FDT",
+                    address,
+                    Some("compatible"),
+                    &words,
+                );
             }
             ("compatible", Known::Unknown) if !version.is_empty() => {
-                let words = format!("the root FDT is {named}, which is not known: its tree and its blobs are read as kho-v4's");
+                let words = format!(
+                    "the root FDT is {named}, which is not known: its tree and its blobs are read as kho-v4's"
+                );
                 findings.add("kho-version", "root FDT", address, Some("compatible"), &words);
             }
             // Where the device tree broke, this only follows.
-            ("compatible" | "preserved-memory-map", Known::Unknown) if version.is_empty() && faults.len() > 1 => {}
+            ("compatible" | "preserved-memory-map", Known::Unknown)
+                if version.is_empty() && faults.len() > 1 => {}
             // The first two versions name a blob so.
             ("fdt", Known::Older) => {}
             _ => findings.fault("root FDT", fault),
@@ -179,11 +189,13 @@ struct Sum {
     next: u64,
 }
 
-fn read_tree<M: Memory>(context: &mut Context<'_, M>, kho: &mut Kho, arena: bool) {
+/// Reads the tree; in an arena `arena` is the length of region 0.
+fn read_tree<M: Memory>(context: &mut Context<'_, M>, kho: &mut Kho, arena: Option<u64>) {
     let owner = context.picture.owner(OwnerKind::Kho, "KHO: root FDT and tree".to_string());
     let Some(root) = kho.map_address else { return };
     let runs = context.view.runs();
-    let frames = runs.first().map_or(0, |run| run.len_pages());
+    let frames = arena.map_or(0, |bytes| bytes / PAGE_SIZE);
+    let arena = arena.is_some();
     let (mut nodes, mut sums) = (Vec::new(), BTreeMap::<u32, Sum>::new());
     let (findings, marks) = (&mut context.findings, &mut context.picture.marks);
     let mut faults = Vec::new();
@@ -364,9 +376,12 @@ fn read_blob<M: Memory>(
     if survey.arena.is_some() && name == abi::regions::SUBTREE.bytes() {
         return true;
     }
-    let words = "is none whose format is known: what it refers to is not either".to_string();
-    findings.add("kho-subtree-known", &label, Some(address), None, &words);
     findings.lost = true;
+    // Of a name that cannot be one that was told.
+    if kho::SubtreeName::new(name).is_ok() {
+        let words = "is none whose format is known: what it refers to is not either";
+        findings.add("kho-subtree-known", &label, Some(address), None, words);
+    }
     false
 }
 
@@ -394,14 +409,15 @@ fn read_luo<M: Memory>(context: &mut Context<'_, M>, owner: usize, address: u64,
     };
     let draft = luo::Draft::read(&context.view, address, bytes, &mut gather).unwrap_or_default();
     let version = draft.compatible.split(|byte| *byte == 0).next().unwrap_or_default();
-    let mut found =
-        Luo { version: escaped(version), version_known: Known::Current, ..Luo::default() };
+    let mut found = Luo { version: escaped(version), version_known: Known::Current, ..Luo::default() };
     let other = faults.iter().any(|fault| fault.field == "compatible");
     if other {
         files::older_luo(context, &label, &mut found, address, bytes);
         return Some(found);
     }
-    let unread = faults.iter().any(|fault| fault.address == address && matches!(fault.problem, Problem::Unreadable(_)));
+    let unread = faults
+        .iter()
+        .any(|fault| fault.address == address && matches!(fault.problem, Problem::Unreadable(_)));
     faults.iter().for_each(|fault| context.note_fault(&label, fault));
     if unread || draft.compatible == [0; 8] {
         return None;
@@ -423,7 +439,7 @@ fn read_luo<M: Memory>(context: &mut Context<'_, M>, owner: usize, address: u64,
         // What a shared object's number refers to is known to its own code alone.
         findings.lost = true;
     }
-    filled::<luo::SessionSer>(findings, &label, &draft.blocks, draft.sessions.len());
+    check_filled(findings, &label, draft.filled, &draft.blocks);
     found.blocks.clone_from(&draft.blocks);
     for (index, session) in draft.sessions.iter().enumerate() {
         let session = read_session(context, index, session);
@@ -437,24 +453,20 @@ fn read_luo<M: Memory>(context: &mut Context<'_, M>, owner: usize, address: u64,
 }
 
 /// A block that another one follows is full.
-fn filled<E>(findings: &mut Findings, label: &str, blocks: &[u64], entries: usize) {
+fn check_filled(findings: &mut Findings, label: &str, filled: bool, blocks: &[u64]) {
     // Where a block was broken, this follows.
     let broken = findings.list.iter().any(|finding| finding.rule.starts_with("block-"));
-    if !broken && blocks.len() > block::blocks::<E>(entries) {
-        let words = format!("{entries} entries in {} blocks", blocks.len());
-        findings.add("block-filled", label, blocks.first().copied(), None, &words);
+    if !broken && !filled {
+        let words = "a block in the midst of a chain has room for more entries";
+        findings.add("block-filled", label, blocks.first().copied(), None, words);
     }
 }
 
 fn read_session<M: Memory>(context: &mut Context<'_, M>, index: usize, draft: &luo::DraftSession) -> Session {
     let name = Name::of_field(&draft.entry.name);
-    filled::<luo::FileSer>(&mut context.findings, &format!("session {name}"), &draft.blocks, draft.files.len());
-    let mut session = Session {
-        count: draft.entry.count.get(),
-        blocks: draft.blocks.clone(),
-        files: Vec::new(),
-        name,
-    };
+    check_filled(&mut context.findings, &format!("session {name}"), draft.filled, &draft.blocks);
+    let mut session =
+        Session { count: draft.entry.count.get(), blocks: draft.blocks.clone(), files: Vec::new(), name };
     for (place, file) in draft.files.iter().enumerate() {
         let file = files::read(context, &session.name, (index, place), file);
         session.files.push(file);
@@ -468,7 +480,10 @@ fn staleness(survey: &mut Survey, options: Options) {
         survey.stale.push(Stale { what: what.to_string(), why: why.to_string() });
     };
     if options.running {
-        stale("the LUO blob", "a kernel frees it as soon as it has read it: what is there now may be something else");
+        stale(
+            "the LUO blob",
+            "a kernel frees it as soon as it has read it: what is there now may be something else",
+        );
         stale(
             "the tree's own nodes",
             "they are not preserved: a kernel that has read the tree uses their pages for other things",
@@ -534,7 +549,13 @@ impl<M: Memory> Folios<'_, M> {
                     visit(&FolioLine { index, address: 0, bytes: 0, order: 0, flags: 0 });
                 }
                 abi::folio::Part::Lost { index, pfn } => {
-                    visit(&FolioLine { index, address: pfn.saturating_mul(PAGE_SIZE), bytes: 0, order: 0, flags: 0 });
+                    visit(&FolioLine {
+                        index,
+                        address: pfn.saturating_mul(PAGE_SIZE),
+                        bytes: 0,
+                        order: 0,
+                        flags: 0,
+                    });
                 }
                 abi::folio::Part::List(_) => {}
             }

@@ -33,6 +33,11 @@ use crate::read::Context;
 
 type Reader<M> = fn(&mut Context<'_, M>, &str, &mut File) -> bool;
 
+/// True of a handler whose records are ours.
+pub(crate) fn is_ours(handler: &str) -> bool {
+    reader::<Vec<u8>>(handler).is_some()
+}
+
 /// What reads the records of a handler, if they are ours.
 pub(crate) fn reader<M: Memory>(handler: &str) -> Option<Reader<M>> {
     match handler {
@@ -182,7 +187,8 @@ impl<M: Memory> Memory for Head<'_, M> {
         let (mut at, mut rest) = (address, into);
         while !rest.is_empty() {
             let (page, offset) = (at / PAGE_SIZE, at % PAGE_SIZE);
-            let inside = |(index, frames): &&(u64, PageRange)| *index <= page && page - index < frames.len_pages();
+            let inside =
+                |(index, frames): &&(u64, PageRange)| *index <= page && page - index < frames.len_pages();
             let (index, frames) = self.pages.iter().find(inside).ok_or(none)?;
             let left = usize::try_from(PAGE_SIZE - offset).unwrap_or(PAGE_BYTES).min(rest.len());
             let (part, behind) = rest.split_at_mut(left);

@@ -34,11 +34,19 @@ const fn note(name: &'static str, source: &'static str, says: &'static str) -> R
 pub const RULES: &[Rule] = &[
     error("address-in-range", "all formats", "an address leads to memory that is there"),
     error("address-not-zero", "all formats", "an address that has to be set is not 0"),
-    error("page-alignment", "all formats", "the address of a page, a node, a chunk or a block is a multiple of 4096"),
+    error(
+        "page-alignment",
+        "all formats",
+        "the address of a page, a node, a chunk or a block is a multiple of 4096",
+    ),
     error("referred-twice", "all formats", "preserved memory is one thing: nothing else refers to it"),
     error("referred-preserved", "all formats", "what is referred to is preserved"),
     warning("preserved-referred", "all formats", "what is preserved is referred to by something"),
-    error("fdt-structure", "device tree", "the device tree is one, of version 16 or 17, whole and nested right"),
+    error(
+        "fdt-structure",
+        "device tree",
+        "the device tree is one, of version 16 or 17, whole and nested right",
+    ),
     error("fdt-size", "kho-v4", "the root FDT is no longer than its page"),
     error("kho-version", "kho-v4", "the root FDT is of a version that is read"),
     error("kho-map", "kho-v4", "preserved-memory-map is there and 8 bytes long"),
@@ -56,7 +64,11 @@ pub const RULES: &[Rule] = &[
     warning("vmalloc-flags", "kho_vmalloc", "a list's flags are those that are known: bits 0 and 1"),
     error("vmalloc-no-cycle", "kho_vmalloc", "no chunk comes again"),
     error("vmalloc-chunk-full", "kho_vmalloc", "a chunk that another one follows names 511 blocks"),
-    warning("vmalloc-trailing-chunk", "kho_vmalloc", "a full chunk is followed by another, if by an empty one"),
+    warning(
+        "vmalloc-trailing-chunk",
+        "kho_vmalloc",
+        "a full chunk is followed by another, if by an empty one",
+    ),
     error("block-once", "kho block", "a block stands in one chain, once: no chain has a cycle"),
     error("block-count", "kho block", "a block has one entry at least, and no more than it holds"),
     error("block-chain", "kho block", "a chain has 10,000 blocks at most"),
@@ -77,7 +89,11 @@ pub const RULES: &[Rule] = &[
     error("memfd-flags", "memfd-v2", "a memfd has no flags"),
     error("memfd-size", "memfd-v2", "a memfd has less than 2^32 pages"),
     note("memfd-no-holes", "memfd-v2", "a memfd's list has no record without memory: its writer fills holes"),
-    error("folio-count", "folio list", "a file has no more folios than pages, and as many as its list has room for"),
+    error(
+        "folio-count",
+        "folio list",
+        "a file has no more folios than pages, and as many as its list has room for",
+    ),
     error("folio-flags", "folio list", "a folio's flags are those of its format"),
     error("folio-ascends", "folio list", "folios ascend in the file and do not overlap there"),
     error("folio-alignment", "folio list", "a folio is aligned to its size, in the file and in memory"),
@@ -85,12 +101,24 @@ pub const RULES: &[Rule] = &[
     error("folio-preserved", "folio list", "a folio's frames are a preserved block"),
     error("guest-memfd-size", "guest_memfd_luo_v1", "a guest_memfd has whole pages, one at least"),
     error("guest-memfd-flags", "guest_memfd_luo_v1", "a guest_memfd's flags are bits 0 and 1"),
-    error("guest-memfd-frame", "guest_memfd_luo_v1", "a guest_memfd's record has a frame: holes have no record"),
+    error(
+        "guest-memfd-frame",
+        "guest_memfd_luo_v1",
+        "a guest_memfd's record has a frame: holes have no record",
+    ),
     error("guest-memfd-order", "guest_memfd_luo_v1", "a guest_memfd's folios are single pages"),
     error("guest-memfd-vm", "guest_memfd_luo_v1", "a guest_memfd's vm_token names a VM of the same session"),
-    warning("kvm-vm-layout", "kvm_vm_luo_v1", "a VM has the layout of 8 bytes, which is the only one that is agreed on"),
+    warning(
+        "kvm-vm-layout",
+        "kvm_vm_luo_v1",
+        "a VM has the layout of 8 bytes, which is the only one that is agreed on",
+    ),
     error("kexec-metadata", "kexec-metadata", "the blob has version 1, 73 bytes and a release"),
-    error("memblock", "memblock-v1", "the blob is a page's device tree of eight named regions at most, each with start and size"),
+    error(
+        "memblock",
+        "memblock-v1",
+        "the blob is a page's device tree of eight named regions at most, each with start and size",
+    ),
     error("record-kind", "tideover records", "a record is of the kind that it is listed as"),
     error("record-version", "tideover records", "a record is of a version that is read"),
     error("record-size", "tideover records", "a record is no longer than its format allows"),
@@ -106,11 +134,23 @@ pub const RULES: &[Rule] = &[
     error("state-checksum", "tideover-state-v1", "a state's checksum is that of its bytes"),
     error("state-list", "tideover-state-v1", "a state's list has as many pages as its bytes take"),
     error("state-epoch", "tideover-state-v1", "all states were saved for one seal"),
-    error("regions", "tideover-regions-v2", "regions ascend, do not overlap, and have sizes that fit their stores"),
-    error("arena-header", "tideover-arena-v1", "the header has its magic, version, checksum and a size that is there"),
+    error(
+        "regions",
+        "tideover-regions-v2",
+        "regions ascend, do not overlap, and have sizes that fit their stores",
+    ),
+    error(
+        "arena-header",
+        "tideover-arena-v1",
+        "the header has its magic, version, checksum and a size that is there",
+    ),
     error("arena-root-slot", "tideover-arena-v1", "one of two root slots is valid"),
     error("arena-ownership", "tideover-arena-v1", "the ownership word has a state and a nonce"),
-    error("arena-blocks", "tideover-arena-v1", "in region 0 preserved blocks are single frames, and the first is none"),
+    error(
+        "arena-blocks",
+        "tideover-arena-v1",
+        "in region 0 preserved blocks are single frames, and the first is none",
+    ),
 ];
 
 /// The rule of this name.
@@ -244,7 +284,9 @@ fn record(format: &str, field: &str, problem: &Problem) -> &'static str {
         ("extent index", _) => "extent-in-file",
         ("extent pfn", Problem::Repeated { .. }) => "extent-once",
         ("extent" | "extent flags" | "extent pfn", _) => "extent-fields",
-        ("base" | "store" | "size_bytes" | "page_bytes" | "count", _) if format == abi::regions::FORMAT.compatible => {
+        ("base" | "store" | "size_bytes" | "page_bytes" | "count", _)
+            if format == abi::regions::FORMAT.compatible =>
+        {
             "regions"
         }
         _ => "record-fields",

@@ -48,7 +48,8 @@ fn told(survey: &Survey) -> Value {
                         first.get_or_insert(folio.address);
                     }));
                     let at = usize::try_from(first.unwrap()).unwrap();
-                    let bytes: String = memory()[at..at + 16].iter().map(|byte| format!("{byte:02x}")).collect();
+                    let bytes: String =
+                        memory()[at..at + 16].iter().map(|byte| format!("{byte:02x}")).collect();
                     json!({
                         "compatible": file.handler,
                         "token": file.token,

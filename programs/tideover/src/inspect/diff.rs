@@ -69,7 +69,8 @@ pub(super) fn diff<'a>(from: (&'a Told, &Survey), to: (&'a Told, &Survey)) -> Di
         let Some(after) = second.get(thing) else { continue };
         let fields: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
         for field in fields.into_iter().filter(|field| before.get(*field) != after.get(*field)) {
-            let text = |fields: &BTreeMap<String, Value>| fields.get(field).unwrap_or(&Value::Null).to_string();
+            let text =
+                |fields: &BTreeMap<String, Value>| fields.get(field).unwrap_or(&Value::Null).to_string();
             changed.push(Change {
                 kind: thing.kind,
                 name: thing.name.clone(),
@@ -195,7 +196,12 @@ impl Diff<'_> {
         let mut changes = Branch::new("changed");
         let mut last: Option<(&str, &str, Branch<'_>)> = None;
         for change in self.changed.iter().take(MOST) {
-            let line = format!("{}: {} -> {}", change.field, said(change, &change.before), said(change, &change.after));
+            let line = format!(
+                "{}: {} -> {}",
+                change.field,
+                said(change, &change.before),
+                said(change, &change.after)
+            );
             match &mut last {
                 Some((kind, name, of)) if (*kind, *name) == (change.kind, &*change.name) => of.push(line),
                 _ => {

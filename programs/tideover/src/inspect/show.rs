@@ -165,7 +165,8 @@ fn kho(kho: &Kho, survey: &Survey) -> Branch<'static> {
     match kho.preserved_bytes {
         Some(preserved) => {
             let blocks = kho.orders.iter().map(|order| order.blocks).sum();
-            let mut all = Branch::new(format!("preserved: {} in {}", bytes(preserved), many(blocks, "block")));
+            let mut all =
+                Branch::new(format!("preserved: {} in {}", bytes(preserved), many(blocks, "block")));
             table(&kho.orders).into_iter().for_each(|line| all.push(line));
             branch.push(all);
         }
@@ -191,7 +192,12 @@ fn kho(kho: &Kho, survey: &Survey) -> Branch<'static> {
         branch.push(format!("handed over by Linux {}, kexec {}", kexec.previous_release, kexec.kexec_count));
     }
     for region in &survey.memblock {
-        branch.push(format!("reserved memory {}: {} at {:#x}", region.name, bytes(region.bytes), region.address));
+        branch.push(format!(
+            "reserved memory {}: {} at {:#x}",
+            region.name,
+            bytes(region.bytes),
+            region.address
+        ));
     }
     branch
 }
@@ -201,7 +207,9 @@ fn table(orders: &[OrderStats]) -> Vec<String> {
     if orders.is_empty() {
         return Vec::new();
     }
-    let mut rows = vec![["order", "block", "blocks", "bytes", "runs", "leaves", "density", "from", "to"].map(String::from)];
+    let mut rows = vec![
+        ["order", "block", "blocks", "bytes", "runs", "leaves", "density", "from", "to"].map(String::from),
+    ];
     rows.extend(orders.iter().map(|order| {
         [
             order.order.to_string(),
@@ -218,7 +226,8 @@ fn table(orders: &[OrderStats]) -> Vec<String> {
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or_default();
     let widths: [usize; 9] = std::array::from_fn(width);
     let line = |row: &[String; 9]| {
-        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
+        let cells: Vec<String> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
         cells.join("  ")
     };
     rows.iter().map(line).collect()
@@ -234,7 +243,8 @@ fn luo<'a>(luo: &'a Luo, lists: Option<&'a Folios<'a, &'a dyn Memory>>) -> Branc
         many(files.try_into().unwrap_or_default(), "file")
     ));
     if !luo.handlers.is_empty() {
-        let handlers: Vec<String> = luo.handlers.iter().map(|(name, files)| format!("{files} of {name}")).collect();
+        let handlers: Vec<String> =
+            luo.handlers.iter().map(|(name, files)| format!("{files} of {name}")).collect();
         branch.push(format!("handlers: {}", handlers.join(", ")));
     }
     for flb in &luo.flbs {
@@ -262,7 +272,11 @@ fn file<'a>(file: &'a File, lists: Option<&'a Folios<'a, &'a dyn Memory>>) -> Br
     facts.extend(file.size.map(|size| format!("size {}", bytes(size))));
     facts.extend(file.position.map(|position| format!("position {position}")));
     if let Some(seals) = file.seals {
-        facts.push(if seals == 0 { "no seals".to_owned() } else { format!("seals {}", file.seal_names.join("+")) });
+        facts.push(if seals == 0 {
+            "no seals".to_owned()
+        } else {
+            format!("seals {}", file.seal_names.join("+"))
+        });
     }
     if !file.flag_names.is_empty() {
         facts.push(format!("flags {}", file.flag_names.join("+")));
@@ -430,7 +444,8 @@ fn findings(to: &mut dyn Write, survey: &Survey, verify: bool) -> io::Result<()>
     if survey.findings.is_empty() {
         return writeln!(to, "no rule is broken");
     }
-    let number = |wanted: Severity| survey.findings.iter().filter(|finding| finding.severity == wanted).count();
+    let number =
+        |wanted: Severity| survey.findings.iter().filter(|finding| finding.severity == wanted).count();
     let summary = [(Severity::Error, "error"), (Severity::Warning, "warning"), (Severity::Note, "note")]
         .into_iter()
         .map(|(severity, what)| (number(severity), what))
@@ -465,7 +480,10 @@ mod tests {
 
     #[test]
     fn numbers_are_said_for_people() {
-        assert_eq!(["0", "999", "1,000", "12,345,678"], [0, 999, 1000, 12_345_678].map(count).each_ref().map(|text| &**text));
+        assert_eq!(
+            ["0", "999", "1,000", "12,345,678"],
+            [0, 999, 1000, 12_345_678].map(count).each_ref().map(|text| &**text)
+        );
         assert_eq!([many(1, "run"), many(2, "run")], ["1 run", "2 runs"]);
         let lengths = [0, 1, 4096, 12_297, 4_407_296, 1 << 30, u64::MAX].map(bytes);
         assert_eq!(lengths, ["0 bytes", "1 byte", "4 KiB", "12,297 bytes", "4.2 MiB", "1 GiB", "15.9 EiB"]);

@@ -71,14 +71,16 @@ pub(super) fn of_machine(name: &str) -> anyhow::Result<Source> {
     let status = verbs::ask_status(&machines::connect(name)?)?;
     let path = region0(&status)?;
     let memory = Flat::open(&path)?;
-    let note = format!("it runs: what its VMM changes meanwhile may be seen half; {} is its region 0", shown(&path));
+    let note =
+        format!("it runs: what its VMM changes meanwhile may be seen half; {} is its region 0", shown(&path));
     Ok(source("machine", name, memory, vec![note]))
 }
 
 fn region0(status: &Status) -> anyhow::Result<PathBuf> {
     let directory = PathBuf::from(format!("/proc/{}/fd", status.pid));
-    let entries = std::fs::read_dir(&directory)
-        .with_context(|| format!("cannot see what the VMM of {} has open: its user or root may", status.name))?;
+    let entries = std::fs::read_dir(&directory).with_context(|| {
+        format!("cannot see what the VMM of {} has open: its user or root may", status.name)
+    })?;
     for entry in entries.flatten() {
         let path = entry.path();
         let memfd = std::fs::read_link(&path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:"));

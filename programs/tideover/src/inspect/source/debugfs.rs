@@ -51,8 +51,15 @@ pub(super) fn open(text: &str, path: &str) -> anyhow::Result<Source> {
     let Some(fdt) = blob(&directory.join("fdt"))? else {
         let inner = ["in", "out"].into_iter().find(|name| directory.join(name).join("fdt").exists());
         match inner {
-            Some(inner) => bail!("{} has no fdt, but {inner} in it has: say debugfs:{}/{inner}", shown(directory), shown(directory)),
-            None => bail!("{} has no fdt: it is no folder of a kernel's /sys/kernel/debug/kho/in or out", shown(directory)),
+            Some(inner) => bail!(
+                "{} has no fdt, but {inner} in it has: say debugfs:{}/{inner}",
+                shown(directory),
+                shown(directory)
+            ),
+            None => bail!(
+                "{} has no fdt: it is no folder of a kernel's /sys/kernel/debug/kho/in or out",
+                shown(directory)
+            ),
         }
     };
     let mut page = fdt.clone();

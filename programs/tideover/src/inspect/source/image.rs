@@ -34,7 +34,8 @@ pub(super) fn open(text: &str, path: &str, fdt: Option<u64>) -> anyhow::Result<S
     let running = path == Path::new("/proc/kcore");
     let (memory, holds): (Box<dyn Memory>, String) = match () {
         () if first.starts_with(&unpack::ZSTD) => {
-            let (file, len) = unpack::unpack(file).with_context(|| format!("cannot unpack {}", shown(path)))?;
+            let (file, len) =
+                unpack::unpack(file).with_context(|| format!("cannot unpack {}", shown(path)))?;
             of_file(file, len).with_context(|| format!("cannot read what is in {}", shown(path)))?
         }
         () if first.starts_with(KDUMP) || first.starts_with(DISKDUMP) => bail!(
@@ -49,7 +50,10 @@ pub(super) fn open(text: &str, path: &str, fdt: Option<u64>) -> anyhow::Result<S
     let mut told = Told { kind: "memory", name: text.to_owned(), holds, notes: Vec::new() };
     let options = Options { running, partial: false };
     if running {
-        told.notes.push("it is the memory of the kernel that runs here: what it changes meanwhile may be seen half".to_owned());
+        told.notes.push(
+            "it is the memory of the kernel that runs here: what it changes meanwhile may be seen half"
+                .to_owned(),
+        );
     }
     let address = match fdt {
         Some(address) => address,
@@ -62,13 +66,20 @@ fn of_file(file: File, len: u64) -> anyhow::Result<(Box<dyn Memory>, String)> {
     let mut magic = [0; 4];
     if file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF" {
         let core = elf::Core::open(file)?;
-        let holds = format!("an ELF core: {} of memory in {} segments", crate::size::show(core.len_bytes()), core.segments());
+        let holds = format!(
+            "an ELF core: {} of memory in {} segments",
+            crate::size::show(core.len_bytes()),
+            core.segments()
+        );
         return Ok((Box::new(core), holds));
     }
     if len < PAGE_BYTES as u64 {
         bail!("it has {len} bytes, which is no memory of a machine");
     }
-    Ok((Box::new(Flat::new(file, len)), format!("a raw image: {} of memory from address 0 on", crate::size::show(len))))
+    Ok((
+        Box::new(Flat::new(file, len)),
+        format!("a raw image: {} of memory from address 0 on", crate::size::show(len)),
+    ))
 }
 
 /// The root FDT, among all pages that look like one.
@@ -94,8 +105,12 @@ fn find(memory: &dyn Memory, options: Options, told: &mut Told) -> anyhow::Resul
     if found.named.contains(&best) {
         told.notes.push("the parameters of a kernel that is booted name it".to_owned());
     }
-    let others: Vec<String> =
-        found.candidates.iter().filter(|address| **address != best).map(|address| format!("{address:#x}")).collect();
+    let others: Vec<String> = found
+        .candidates
+        .iter()
+        .filter(|address| **address != best)
+        .map(|address| format!("{address:#x}"))
+        .collect();
     if !others.is_empty() {
         told.notes.push(format!(
             "other pages look like a root FDT, too, and say less or are broken: {}; --fdt-address has one of them read",

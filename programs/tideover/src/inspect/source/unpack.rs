@@ -10,10 +10,10 @@ use std::time::Instant;
 use anyhow::Context as _;
 use anyhow::bail;
 use pages::PAGE_BYTES;
-use ruzstd::decoding::FrameDecoder;
-use ruzstd::decoding::StreamingDecoder;
 use rustix::fs::Mode;
 use rustix::fs::OFlags;
+use ruzstd::decoding::FrameDecoder;
+use ruzstd::decoding::StreamingDecoder;
 
 use crate::progress::Bar;
 
@@ -62,7 +62,8 @@ pub(super) fn unpack(mut packed: File) -> anyhow::Result<(File, u64)> {
     let mut input = BufReader::with_capacity(CHUNK, packed);
     // A file may be several frames, one behind the other.
     loop {
-        let mut decoder = StreamingDecoder::<_, FrameDecoder>::new(&mut input).context("it is no zstd file")?;
+        let mut decoder =
+            StreamingDecoder::<_, FrameDecoder>::new(&mut input).context("it is no zstd file")?;
         let mut chunk = vec![0; CHUNK];
         loop {
             let len = fill(&mut decoder, &mut chunk)?;
@@ -100,7 +101,8 @@ fn fill(from: &mut impl std::io::Read, chunk: &mut [u8]) -> anyhow::Result<usize
 fn put(to: &File, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
     for (page, address) in bytes.chunks(PAGE_BYTES).zip((at..).step_by(PAGE_BYTES)) {
         if page.iter().any(|byte| *byte != 0) {
-            to.write_all_at(page, address).context("cannot write the unpacked memory to the folder for temporary files")?;
+            to.write_all_at(page, address)
+                .context("cannot write the unpacked memory to the folder for temporary files")?;
         }
     }
     Ok(())
