@@ -23,6 +23,10 @@ pub(crate) struct Crossing {
     pub(crate) when: When,
     /// The guest's clock at the moment `clock`, in nanoseconds.
     clock_ns: Option<u64>,
+    /// When this kernel's first program was started, in nanoseconds of the monotonic clock, as whoever starts the VMM sees it:
+    /// the VMM itself may be confined, and see no process but its own.
+    #[serde(default)]
+    first_program_ns: Option<u64>,
 }
 
 /// Parts of the pause: what each is called, and what it goes on to.
@@ -47,14 +51,19 @@ impl Crossing {
         let mut when = When::default();
         let clock_ns = guest.clock_ns();
         when.now("clock");
-        Self { when, clock_ns }
+        Self { when, clock_ns, first_program_ns: None }
+    }
+
+    /// Looks at what a VMM may not see.
+    pub(crate) fn look_around(&mut self) {
+        self.first_program_ns = first_program_ns();
     }
 
     /// What is known of the time between the two lives, by this one.
     pub(crate) fn look_back(&mut self, rate: &TscRate) {
         let Ok(now) = Moment::now() else { return };
         self.when.note("boot", &now.boot_start(rate));
-        if let Some(user_ns) = first_program_ns() {
+        if let Some(user_ns) = self.first_program_ns {
             self.when.note("user", &now.at_monotonic(user_ns.min(now.monotonic_ns), rate));
         }
     }

@@ -47,6 +47,7 @@ use crate::control::Answer;
 use crate::control::Held;
 use crate::control::KexecReport;
 use crate::control::Request;
+use crate::crossing::Crossing;
 use crate::measure;
 use crate::room;
 use crate::room::Room;
@@ -416,7 +417,7 @@ fn start(note: &Note, hold: &Hold) -> anyhow::Result<Vmm> {
     let crossing = told.crossing.get_or_insert_default();
     let sealed = note.sealed.as_ref().map(|sealed| &sealed.when);
     [sealed, Some(&hold.when)].into_iter().flatten().for_each(|when| crossing.when.extend(when));
-    let prospect = note.prospect(serde_json::to_value(told)?, timeouts(note));
+    let mut prospect = note.prospect(serde_json::Value::Null, timeouts(note));
     let path = hold.program.as_ref().unwrap_or(&note.program);
     let program = Program::open(path, std::slice::from_ref(path))?;
     let confine = (confine != Confine::No).then_some("--confine");
@@ -425,7 +426,11 @@ fn start(note: &Note, hold: &Hold) -> anyhow::Result<Vmm> {
     let log = log.map_or_else(Stdio::inherit, Stdio::from);
     let (channel, started) = program.start_with(words, Stdio::null(), log)?;
     spare_no_vmm(started.pid());
-    let agreed = thread::Builder::new().name("offer".to_owned()).spawn(move || prospect.offer(channel))?;
+    let agreed = thread::Builder::new().name("offer".to_owned()).spawn(move || {
+        told.crossing.iter_mut().for_each(Crossing::look_around);
+        prospect.vmm = serde_json::to_value(told).unwrap_or_default();
+        prospect.offer(channel)
+    })?;
     Ok(Vmm { agreed, started })
 }
 

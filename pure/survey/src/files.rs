@@ -103,7 +103,13 @@ pub(crate) fn read<M: Memory>(
     }
     let known = is_known(&found.handler);
     if data == 0 && known {
-        context.findings.add("address-not-zero", &label, None, Some("data"), "its handler's structure has no address");
+        context.findings.add(
+            "address-not-zero",
+            &label,
+            None,
+            Some("data"),
+            "its handler's structure has no address",
+        );
         return found;
     }
     found.read = by_handler(context, &label, &mut found);

@@ -59,7 +59,10 @@ fn each_rule_of_an_arena_is_broken_by_one_that_breaks_no_other() {
     };
     let only = |rule| BTreeSet::from([rule]);
     assert_eq!(with(&|memory| memory.write(12, &[0; 4]).unwrap()), only("arena-header"));
-    assert_eq!(with(&|memory| SLOT_ADDRESSES.iter().for_each(|at| memory.write(*at, &[0; 32]).unwrap())), only("arena-root-slot"));
+    assert_eq!(
+        with(&|memory| SLOT_ADDRESSES.iter().for_each(|at| memory.write(*at, &[0; 32]).unwrap())),
+        only("arena-root-slot")
+    );
     assert_eq!(with(&|memory| memory.write(OWNERSHIP_ADDRESS, &[0; 8]).unwrap()), only("arena-ownership"));
     let table = abi::kho::RootFdt::read(&good, RootSlot::read(&good).unwrap().fdt()).unwrap();
     let table = table.subtree(&abi::regions::SUBTREE).unwrap().data;

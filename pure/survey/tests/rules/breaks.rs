@@ -126,7 +126,7 @@ pub(crate) const ALL: &[(&str, Break)] = &[
         // Four bytes more, for the NUL.
         let rest = state.memory[from + 32..page + 4000].to_vec();
         state.memory[from + 32..from + 36].fill(0);
-            state.put(at + 36, &rest[..rest.len() - 4]);
+        state.put(at + 36, &rest[..rest.len() - 4]);
         fix_offsets(state);
     }),
     ("kho-subtree-twice", |state| {
