@@ -10,6 +10,7 @@ use core::cell::RefCell;
 use abi::Malformed;
 use abi::Memory;
 use abi::OnFault;
+use abi::Problem;
 use abi::folio;
 use abi::guest_memfd;
 use abi::guest_memfd::GuestMemfd;
@@ -110,6 +111,10 @@ pub(crate) fn read<M: Memory>(
             Some("data"),
             "its handler's structure has no address",
         );
+        return found;
+    }
+    let Context { picture, findings, .. } = context;
+    if known && !picture.enter(findings, owner, data) {
         return found;
     }
     found.read = by_handler(context, &label, &mut found);
@@ -284,7 +289,11 @@ fn with_folios<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut 
     let mut visit = |part| {
         let (findings, picture) = &mut *both.borrow_mut();
         match part {
-            folio::Part::List(part) => list_part(findings, picture, owner, &mut tally.list, part),
+            folio::Part::List(part) => {
+                if !list_part(findings, picture, owner, &mut tally.list, part) {
+                    return Err(too_much(file.data));
+                }
+            }
             folio::Part::Folio(folio) => {
                 tally.folio(&folio, pages);
                 picture.claim(findings, owner, folio.frames, false);
@@ -318,14 +327,27 @@ fn size_of(memory: &impl Memory, handler: &str, data: u64) -> u64 {
     memory.read(at, &mut size).map_or(0, |()| u64::from_le_bytes(size))
 }
 
-/// Notes a part of a list of pages, and who has it.
+/// Ends a walk; it is told of already.
+fn too_much(address: u64) -> Malformed {
+    Malformed { format: "kho_vmalloc", address, field: "blocks", problem: Problem::Truncated }
+}
+
+/// Notes a part of a list of pages, and who has it; false if it is more than there can be.
 pub(crate) fn list_part(
     findings: &mut Findings,
     picture: &mut Picture,
     owner: usize,
     list: &mut List,
     part: vmalloc::Part,
-) {
+) -> bool {
+    let pages = match part {
+        vmalloc::Part::Chunk { .. } => 1,
+        vmalloc::Part::Block(range) => range.len_pages(),
+        vmalloc::Part::Missing { .. } => 0,
+    };
+    if !picture.spend(findings, owner, pages) {
+        return false;
+    }
     match part {
         vmalloc::Part::Chunk { address, .. } => {
             list.chunks += 1;
@@ -337,6 +359,7 @@ pub(crate) fn list_part(
         }
         vmalloc::Part::Missing { .. } => list.blocks += 1,
     }
+    true
 }
 
 fn describe(file: &mut File, walked: &Walked, mut tally: Tally) {
@@ -473,9 +496,9 @@ fn attributes(
     let mut met = List::default();
     let owner = file.owner;
     let mut faults = Vec::new();
-    let mut visit = |part| {
-        list_part(findings, picture, owner, &mut met, part);
-        Ok(())
+    let mut visit = |part| match list_part(findings, picture, owner, &mut met, part) {
+        true => Ok(()),
+        false => Err(too_much(descriptor.first.get())),
     };
     let mut on_fault = |fault| {
         faults.push(fault);

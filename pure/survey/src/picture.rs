@@ -1,6 +1,7 @@
 //! Who has which preserved memory: summed up by owner, by run and by cell of a map, however much it is.
 
 use alloc::collections::BTreeMap;
+use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -25,6 +26,10 @@ use crate::model::Unreferenced;
 
 /// Ranges that are listed.
 const RANGES: usize = 4096;
+/// Steps that claims may take beside four for each page.
+const SPARE_STEPS: u64 = 1 << 20;
+/// Steps that they may take at most, as of memory whose length is not known.
+const MOST_STEPS: u64 = 1 << 34;
 /// Cells of the map, at most.
 const CELLS: u64 = 1024;
 /// Unreferenced runs that are listed apart.
@@ -59,13 +64,52 @@ pub(crate) struct Picture {
     growing: Option<Growing>,
     cell_bytes: u64,
     cells: BTreeMap<u64, CellSum>,
+    /// Steps that claims may still take in all: a good state takes one for each block.
+    steps: u64,
+    /// Pages of lists that may still be read: no page is in two lists, so a good state has no more than memory.
+    list_pages: u64,
+    /// Pages of structures that were read.
+    read: BTreeSet<u64>,
 }
 
 impl Picture {
+    /// Says that a structure at this address is to be read, and what it names; false if one in this page was. No two
+    /// structures share a page, and a state whose structures do could have a reader go through one list a million times.
+    pub(crate) fn enter(&mut self, findings: &mut Findings, owner: usize, address: u64) -> bool {
+        let first = self.read.insert(address / PAGE_SIZE);
+        if !first {
+            let words = "the structure's page is another file's, too: it is not read again";
+            findings.add("referred-twice", &self.label(owner), Some(address), Some("data"), words);
+        }
+        first
+    }
+
+    /// Says that so many pages of a list were met; false if that is more than there can be.
+    pub(crate) fn spend(&mut self, findings: &mut Findings, owner: usize, pages: u64) -> bool {
+        let can = self.can_spend(findings, owner, pages);
+        self.list_pages = self.list_pages.saturating_sub(pages);
+        can
+    }
+
+    /// False if so many pages of a list are more than there can be.
+    pub(crate) fn can_spend(&mut self, findings: &mut Findings, owner: usize, pages: u64) -> bool {
+        let can = pages <= self.list_pages;
+        if !can {
+            let label = self.label(owner);
+            findings
+                .unread(format!("{label}: lists have more pages than there is memory; the rest is not read"));
+        }
+        can
+    }
+
     pub(crate) fn new(runs: Vec<PageRange>) -> Self {
         let end = runs.last().map_or(0, |run| run.end()).max(1);
         let pages = end.div_ceil(CELLS).next_power_of_two();
+        let all: u64 = runs.iter().map(|run| run.len_pages()).fold(0, u64::saturating_add);
         Self {
+            steps: all.saturating_mul(4).saturating_add(SPARE_STEPS).min(MOST_STEPS),
+            list_pages: all,
+            read: BTreeSet::new(),
             marks: Marks::default(),
             known: false,
             runs,
@@ -127,6 +171,13 @@ impl Picture {
         }
         let (mut at, mut missing, mut twice) = (range.start().get(), None, None);
         while let Some(pfn) = pages::Pfn::new(at).ok().filter(|pfn| pfn.get() < range.end()) {
+            self.steps = self.steps.saturating_sub(1);
+            if self.steps == 0 {
+                findings.unread(String::from(
+                    "more is referred to than there can be: the rest is not accounted for",
+                ));
+                return;
+            }
             let Some(key) = self.marks.covering(pfn) else {
                 let next = self.marks.next(pfn).min(range.end());
                 let (_, pages) = missing.get_or_insert((pfn.address(), 0));

@@ -54,6 +54,11 @@ const OLDER_KHO: [&[u8]; 3] = [b"kho-v1", b"kho-v2", b"kho-v3"];
 /// The first of them, whose memory map is no tree.
 const KHO_V1: &[u8] = b"kho-v1";
 
+/// Blocks of an arena: more than the frames of region 0 and the blocks of 255 regions.
+const ARENA_BLOCKS: u64 = 1 << 20;
+/// Blocks outside memory that are still gone through.
+const SPARE_BLOCKS: u64 = 1 << 16;
+
 /// What a survey gathers besides itself.
 pub(crate) struct Context<'a, M> {
     pub(crate) view: View<'a, M>,
@@ -200,6 +205,7 @@ fn read_tree<M: Memory>(context: &mut Context<'_, M>, kho: &mut Kho, arena: Opti
     let (findings, marks) = (&mut context.findings, &mut context.picture.marks);
     let mut faults = Vec::new();
     let mut outside = Vec::new();
+    let (mut blocks, limit) = (0, most_blocks(&runs, arena));
     let mut visit = |found| {
         match found {
             Found::Node { level, address, .. } => {
@@ -210,6 +216,10 @@ fn read_tree<M: Memory>(context: &mut Context<'_, M>, kho: &mut Kho, arena: Opti
             }
             Found::Block(key) => {
                 count(&mut sums, key);
+                blocks += 1;
+                if blocks > limit {
+                    return Err(too_many(root));
+                }
                 let range = key.range();
                 let alone = key.order() == Order::PAGE && range.start().get() != 0;
                 let wrong = match () {
@@ -231,7 +241,12 @@ fn read_tree<M: Memory>(context: &mut Context<'_, M>, kho: &mut Kho, arena: Opti
         }
         Ok(())
     };
-    let _ = radix::walk_on(&context.view, root, &mut visit, &mut on_fault);
+    let whole = radix::walk_on(&context.view, root, &mut visit, &mut on_fault);
+    if whole.is_err() {
+        findings.unread(format!(
+            "the tree of preserved memory beyond {limit} blocks: memory has no room for more"
+        ));
+    }
     let rootless = faults.iter().any(|fault| fault.address == root) && kho.tree.by_level.is_empty();
     faults.iter().for_each(|fault| findings.fault("tree of preserved memory", fault));
     if rootless {
@@ -245,6 +260,18 @@ fn read_tree<M: Memory>(context: &mut Context<'_, M>, kho: &mut Kho, arena: Opti
     sum_up(context, kho, sums);
     context.picture.known = !context.options.partial || kho.tree.nodes > 0;
     own(context, kho, owner, &nodes, arena);
+}
+
+/// Blocks that a tree can have: a page of memory is in one of each order at most, and few are outside. In an arena guest
+/// memory is whole regions.
+fn most_blocks(runs: &[PageRange], arena: bool) -> u64 {
+    let pages: u64 = runs.iter().map(|run| run.len_pages()).fold(0, u64::saturating_add);
+    if arena { ARENA_BLOCKS } else { pages.saturating_mul(2).saturating_add(SPARE_BLOCKS) }
+}
+
+/// Ends a walk.
+fn too_many(address: u64) -> Malformed {
+    Malformed { format: "kho radix tree", address, field: "blocks", problem: Problem::Truncated }
 }
 
 fn count(sums: &mut BTreeMap<u32, Sum>, key: Key) {

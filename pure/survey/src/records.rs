@@ -142,6 +142,10 @@ fn state<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) 
     file.name = named(found.name.bytes());
     (file.epoch, file.checksum) = (Some(found.epoch), Some(found.checksum));
     file.bytes = Some(found.len_bytes);
+    let Context { picture, findings, .. } = context;
+    if !picture.can_spend(findings, file.owner, found.len_bytes.div_ceil(PAGE_SIZE)) {
+        return true;
+    }
     let list = match found.read_list(&memory, file.data) {
         Ok(list) => list,
         Err(fault) => {
@@ -153,11 +157,11 @@ fn state<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) 
     let mut met = List::default();
     let blocks = list.blocks.len();
     for block in &list.blocks {
-        files::list_part(findings, picture, file.owner, &mut met, vmalloc::Part::Block(*block));
+        let _ = files::list_part(findings, picture, file.owner, &mut met, vmalloc::Part::Block(*block));
     }
     for chunk in &list.chunks {
         let part = vmalloc::Part::Chunk { address: *chunk, blocks };
-        files::list_part(findings, picture, file.owner, &mut met, part);
+        let _ = files::list_part(findings, picture, file.owner, &mut met, part);
     }
     file.list = files::list_of(&found.list, &met);
     files::check_list(findings, label, &found.list, file.list.as_ref());

@@ -54,6 +54,24 @@ fn a_machine_lives_from_run_to_stop_through_updates() {
 }
 
 #[test]
+fn a_machine_that_runs_is_inspected_before_and_after_an_update() {
+    let host = Host::new();
+    let made = host.run("web1");
+    for updates in 0..2 {
+        let found = host.json(&["inspect", "web1", "--verify"]);
+        schema::check(include_str!("../../../../docs/inspect.schema.json"), &found);
+        assert_eq!(
+            (&found["findings"], &found["arena"]["identity"]),
+            (&Value::Array(Vec::new()), &made["identity"])
+        );
+        assert_eq!(found["luo"]["liveupdate_number"], updates + 1);
+        assert_eq!(found["luo"]["sessions"][0]["name"], "web1");
+        host.update("web1", "socket");
+    }
+    host.fails(3, &["inspect", "web2"]);
+}
+
+#[test]
 fn a_machine_of_kvm_lives_from_run_to_stop_through_updates() {
     harness::need!(kvm);
     let host = Host::new();
