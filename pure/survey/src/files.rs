@@ -21,6 +21,7 @@ use abi::memfd::Memfd;
 use abi::vmalloc;
 use abi::vmalloc::Descriptor;
 use pages::Order;
+use pages::PAGE_BYTES;
 use pages::PAGE_SIZE;
 use pages::PageRange;
 use pages::Pfn;
@@ -245,7 +246,7 @@ impl Tally {
         *self.table.by_order.entry(len.ilog2()).or_default() += 1;
         *self.flags.entry(folio.flags).or_default() += 1;
         self.covered = self.covered.saturating_add(len.min(pages.saturating_sub(folio.index)));
-        if folio.index < HEAD && self.head.len() < PAGE_SIZE as usize {
+        if folio.index < HEAD && self.head.len() < PAGE_BYTES {
             self.head.push((folio.index, folio.frames));
         }
         if let Some((index, run)) = &mut self.run {

@@ -90,7 +90,7 @@ impl Marks {
             let (shift, at) = (order.get(), pfn.get() >> order.get());
             let leaf = self.leaves.contains_key(&(Key::of(pfn, *order).get() >> LEAF_BITS));
             let next = if leaf { at + 1 } else { ((at >> LEAF_BITS) + 1) << LEAF_BITS };
-            next.checked_mul(1 << shift).unwrap_or(u64::MAX)
+            next.saturating_mul(1 << shift)
         };
         self.orders.iter().map(next).min().unwrap_or(u64::MAX)
     }

@@ -520,12 +520,13 @@ fn staleness(survey: &mut Survey, options: Options) {
             "their records and lists are freed then, and still told of here",
         );
     }
-    if let Some(arena) = &survey.arena {
-        if let Some(slot) = arena.slots.iter().find(|slot| slot.valid && !slot.counts) {
-            let what = format!("the tree of generation {}, at {:#x}", slot.generation, slot.fdt_address);
-            let why = "a later one counts, and its frames may have been used again: it is not looked at";
-            survey.stale.push(Stale { what, why: why.to_string() });
-        }
+    let slots = survey.arena.iter().flat_map(|arena| &arena.slots);
+    let before = slots.into_iter().find(|slot| slot.valid && !slot.counts);
+    let before =
+        before.map(|slot| format!("the tree of generation {}, at {:#x}", slot.generation, slot.fdt_address));
+    if let Some(what) = before {
+        let why = "a later one counts, and its frames may have been used again: it is not looked at";
+        survey.stale.push(Stale { what, why: why.to_string() });
     }
 }
 

@@ -94,7 +94,7 @@ fn each_rule_of_an_arena_is_broken_by_one_that_breaks_no_other() {
 }
 
 /// Gives a record the checksum of what it says.
-fn repair(memory: &mut Vec<u8>, record: u64) {
+fn repair(memory: &mut [u8], record: u64) {
     let at = usize::try_from(record).unwrap();
     let len = usize::try_from(u64::from_le_bytes(memory[at + 16..at + 24].try_into().unwrap())).unwrap();
     memory[at + 24..at + 28].fill(0);
