@@ -369,7 +369,7 @@ pub(crate) struct Inspect {
     #[arg(value_name = "SOURCE", required = true, num_args = 1..=2)]
     pub(crate) sources: Vec<String>,
     /// Where the root FDT is in memory:FILE [default: it is searched for].
-    #[arg(long, value_name = "ADDRESS", value_parser = size::address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = crate::inspect::address)]
     pub(crate) fdt_address: Option<u64>,
     /// List each folio of each file, too.
     #[arg(long, conflicts_with = "diff")]

@@ -30,15 +30,6 @@ pub(crate) fn guest_memory(text: &str) -> Result<u64, String> {
     Err("the guest takes 4MiB to 64GiB of memory, in whole 2 MiB".to_owned())
 }
 
-/// An address as people write it: hexadecimal behind `0x`, else decimal.
-pub(crate) fn address(text: &str) -> Result<u64, String> {
-    let number = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(digits) => u64::from_str_radix(digits, 16),
-        None => text.parse(),
-    };
-    number.map_err(|_| "an address is a number, as 0x4f3000".to_owned())
-}
-
 /// A size for people: in the largest unit that it is a whole number of.
 pub(crate) fn show(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
@@ -62,8 +53,6 @@ mod tests {
         assert_eq!(parse(" 64 MiB"), Ok(64 << 20));
         assert!(parse("1.5GiB").unwrap_err().contains("whole number"));
         assert!(parse("99999999999TiB").is_err() && parse("99999999999999999999").is_err());
-        assert_eq!([address("0x4f3000"), address("12")], [Ok(0x4f_3000), Ok(12)]);
-        assert!(["4f3000", "0x", "-1", "0x10000000000000000"].into_iter().all(|text| address(text).is_err()));
         assert_eq!(guest_memory("64GiB"), Ok(64 << 30));
         assert!(["2MiB", "5MiB", "65GiB"].into_iter().all(|text| guest_memory(text).is_err()));
         assert_eq!([show(1 << 30), show(1536 << 20), show(5)], ["1 GiB", "1536 MiB", "5 bytes"]);

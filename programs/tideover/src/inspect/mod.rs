@@ -38,6 +38,15 @@ struct Report<'a> {
     folios: Option<AllFolios<'a>>,
 }
 
+/// An address as people write it: hexadecimal behind `0x`, else decimal.
+pub(crate) fn address(text: &str) -> Result<u64, String> {
+    let number = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    };
+    number.map_err(|_| "an address is a number, as 0x4f3000".to_owned())
+}
+
 pub(crate) fn inspect(arguments: &cli::Inspect) -> anyhow::Result<ExitCode> {
     let mut out = BufWriter::new(std::io::stdout().lock());
     let code = match (arguments.sources.as_slice(), arguments.diff) {
@@ -135,5 +144,16 @@ impl Serialize for Lines<'_, '_, '_> {
         });
         result?;
         list.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_hexadecimal_or_not() {
+        assert_eq!([address("0x4f3000"), address("12")], [Ok(0x4f_3000), Ok(12)]);
+        assert!(["4f3000", "0x", "-1", "0x10000000000000000"].into_iter().all(|text| address(text).is_err()));
     }
 }
