@@ -37,6 +37,8 @@ pub enum Replaced {
         report: Report,
         /// How long the guest stood still before, when the threads stepped aside.
         aside: Duration,
+        /// To the program that runs the guest, which may wait to hear a [`farewell`](socket::farewell).
+        channel: Channel,
     },
     /// The next program failed, and the one before, executed again, runs the guest in the process that it was in. What is
     /// left to do here is to end.
@@ -49,6 +51,8 @@ pub enum Replaced {
         report: Report,
         /// How long the guest stood still before all this, when the threads stepped aside.
         aside: Duration,
+        /// To the program that runs the guest, which may wait to hear a [`farewell`](socket::farewell).
+        channel: Channel,
     },
     /// The guest runs on here.
     RolledBack {
@@ -97,19 +101,19 @@ pub fn replace<G: Guest>(
         Err(reason) => return Ok(Replaced::RolledBack { reason, pause: None, left: None }),
     };
     let outcome = socket::hand_over(machine, guest, &next, offer, observer)?;
-    drop(next);
     let (reason, pause) = match outcome {
         Outcome::Updated(report) => {
             let report = Report { predecessor_pid: aside.left, ..report };
-            return Ok(Replaced::Updated { report, aside: aside.stopped });
+            return Ok(Replaced::Updated { report, aside: aside.stopped, channel: next });
         }
         Outcome::RolledBack { reason, pause, .. } => (reason, pause),
     };
+    drop(next);
     let reason = failed.try_recv().map_or(Reason::Socket(reason), Reason::Program);
     match socket::hand_over(machine, guest, &back, offer, observer)? {
         Outcome::Updated(report) => {
             let report = Report { predecessor_pid: aside.left, ..report };
-            Ok(Replaced::WentBack { reason, pause, report, aside: aside.stopped })
+            Ok(Replaced::WentBack { reason, pause, report, aside: aside.stopped, channel: back })
         }
         Outcome::RolledBack { reason: again, pause: another, .. } => {
             let (reason_back, pid) = (&again as &dyn std::error::Error, process::id());

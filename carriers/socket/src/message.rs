@@ -67,7 +67,11 @@ pub(crate) enum Message {
         vmm: serde_json::Value,
     },
     /// The predecessor has told whoever asked for the update how it went, and goes.
-    Farewell,
+    Farewell {
+        /// What its VMM tells the successor's at last.
+        #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+        vmm: serde_json::Value,
+    },
     /// Instead of `sealed`: it was a rehearsal, and a good one.
     Rehearsed,
     /// Instead of any other: this side gives up.
@@ -92,7 +96,7 @@ impl Message {
             Self::Sealed { .. } => "sealed",
             Self::Running { .. } => "running",
             Self::Settled { .. } => "settled",
-            Self::Farewell => "farewell",
+            Self::Farewell { .. } => "farewell",
             Self::Rehearsed => "rehearsed",
             Self::Refuse { .. } => "refuse",
         }
@@ -122,7 +126,10 @@ pub enum LinkError {
     Rehearsed,
     /// It has told whoever asked for the update how it went, and goes.
     #[error("the other side is gone, and has told how the update went")]
-    Farewell,
+    Farewell {
+        /// What its VMM tells this one at last; null if nothing.
+        vmm: serde_json::Value,
+    },
     /// It sent something else.
     #[error("the other side sent {came} where {awaited} is due")]
     Unexpected {
@@ -180,7 +187,7 @@ pub(crate) fn send(
 /// What the other side said last, before it went.
 fn parting(channel: &Channel) -> LinkError {
     match receive(channel, "nothing", Deadline::after(Duration::ZERO)) {
-        Err(last @ (LinkError::Refused { .. } | LinkError::Farewell)) => last,
+        Err(last @ (LinkError::Refused { .. } | LinkError::Farewell { .. })) => last,
         _ => LinkError::Closed,
     }
 }
@@ -202,10 +209,11 @@ pub(crate) fn receive(
     receive_with(channel, awaited, 0, deadline).map(|(message, _)| message)
 }
 
-/// Tells the successor that this side has told whoever asked for the update how it went.
-pub fn farewell(channel: &Channel) {
+/// Tells the successor that this side has told whoever asked for the update how it went; `vmm` is what its VMM is to know of
+/// that, or null.
+pub fn farewell(channel: &Channel, vmm: serde_json::Value) {
     // It may be gone, or of a version that does not wait for this.
-    let _ = send(channel, &Message::Farewell, &[], Deadline::after(Duration::from_millis(100)));
+    let _ = send(channel, &Message::Farewell { vmm }, &[], Deadline::after(Duration::from_millis(100)));
 }
 
 /// Receives the message called `awaited`, with at most `max_fds` descriptors; another one is an error.
@@ -224,7 +232,7 @@ pub(crate) fn receive_with(
     match serde_json::from_slice::<Message>(&received.bytes) {
         Ok(Message::Refuse { reason }) => Err(LinkError::Refused { reason: shown(&reason) }),
         Ok(Message::Rehearsed) => Err(LinkError::Rehearsed),
-        Ok(Message::Farewell) => Err(LinkError::Farewell),
+        Ok(Message::Farewell { vmm }) => Err(LinkError::Farewell { vmm }),
         Ok(message) if message.name() == awaited => Ok((message, received.fds)),
         Ok(message) => Err(LinkError::Unexpected { awaited, came: message.name().to_owned() }),
         Err(error) => {
@@ -253,6 +261,8 @@ mod tests {
         assert_eq!(bytes(&Message::Accept), r#"{"message":"accept"}"#);
         let sealed = Message::Sealed { epoch: 2, claimed: None, vmm: serde_json::Value::Null };
         assert_eq!(bytes(&sealed), r#"{"message":"sealed","epoch":2}"#);
+        let farewell = Message::Farewell { vmm: serde_json::Value::Null };
+        assert_eq!(bytes(&farewell), r#"{"message":"farewell"}"#);
         let steps = vec![("running".to_owned(), 5)];
         assert_eq!(bytes(&Message::Running { steps }), r#"{"message":"running","steps":[["running",5]]}"#);
     }

@@ -466,36 +466,46 @@ impl Running {
         let Self { channel, mut timeline, timeouts, mut machine } = self;
         let deadline = Deadline::after(timeouts.prepare);
         // If it is gone, it need not be told.
-        let mut told = says_farewell(&channel, &Message::Running { steps: steps(&timeline) }, deadline);
+        let first = says_farewell(&channel, &Message::Running { steps: steps(&timeline) }, deadline);
         let finished = match machine.settle() {
             Ok(finished) => finished,
-            Err(cause) => return (Err(Box::new(Unsettled { machine, cause })), Parting { channel, told }),
+            Err(cause) => {
+                return (Err(Box::new(Unsettled { machine, cause })), Parting { channel, told: first });
+            }
         };
         reached(&mut timeline, observer, Step::Settled);
         let unclaimed = finished.unclaimed.iter().map(|token| token.0).collect();
         let settled = Message::Settled { steps: steps(&timeline), unclaimed, vmm: vmm() };
-        told |= says_farewell(&channel, &settled, deadline);
+        let told = says_farewell(&channel, &settled, deadline).or(first);
         (Ok(machine), Parting { channel, told })
     }
 }
 
-/// Sends what the predecessor need not be told if it is gone. `true` if it is, and has said farewell.
-fn says_farewell(channel: &Channel, message: &Message, deadline: Deadline) -> bool {
-    matches!(message::send(channel, message, &[], deadline), Err(LinkError::Farewell))
+/// Sends what the predecessor need not be told if it is gone. If it is, and has said farewell: what it said.
+fn says_farewell(channel: &Channel, message: &Message, deadline: Deadline) -> Option<serde_json::Value> {
+    match message::send(channel, message, &[], deadline) {
+        Err(LinkError::Farewell { vmm }) => Some(vmm),
+        _ => None,
+    }
 }
 
 /// What is left of the predecessor, which has one thing to do still: to tell whoever asked for the update how it went.
 #[derive(Debug)]
 pub struct Parting {
     channel: Channel,
-    told: bool,
+    told: Option<serde_json::Value>,
 }
 
 impl Parting {
-    /// Waits until the predecessor has told, at most for so long. `false` if it is gone and had not: then somebody else
-    /// has to. To be asked only of a predecessor that says [`farewell`](crate::farewell).
-    pub fn was_told(&self, patience: Duration) -> bool {
-        let last = || message::receive(&self.channel, "farewell", Deadline::after(patience));
-        self.told || !matches!(last(), Err(LinkError::Closed))
+    /// Waits until the predecessor has told, at most for so long, and gives what its VMM said then: null if that was nothing, or it
+    /// did not come in time. `None` if the predecessor is gone and had not told: then somebody else has to. To be asked only of
+    /// one that says [`farewell`](crate::farewell).
+    pub fn was_told(self, patience: Duration) -> Option<serde_json::Value> {
+        let Self { channel, told } = self;
+        told.or_else(|| match message::receive(&channel, "farewell", Deadline::after(patience)) {
+            Err(LinkError::Closed) => None,
+            Err(LinkError::Farewell { vmm }) => Some(vmm),
+            _ => Some(serde_json::Value::Null),
+        })
     }
 }

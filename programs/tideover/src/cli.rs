@@ -31,6 +31,7 @@ pub(crate) enum Command {
     Kexec(Kexec),
     Rehearse(Rehearse),
     Report(Report),
+    Top(Top),
     Stop(Stop),
     Console(Console),
     Check(Check),
@@ -279,16 +280,40 @@ pub(crate) struct Rehearse {
     pub(crate) json: bool,
 }
 
-/// Says what the last kexec took of each machine: its pause, in parts, and what that did to the guest's clock.
+/// Says what the last kexec and the last update after it took of each machine: its pause, part by part, with a bar for each that
+/// begins where the one before it ends; and what a kexec did to the guest's clock.
 #[derive(Debug, Args)]
 #[command(after_help = after("tideover report
+    tideover report web1 --html web1.html
     tideover report web1 --json"))]
 pub(crate) struct Report {
     /// The machine; all of them if there is none.
     pub(crate) name: Option<String>,
-    /// Give the reports as a list in JSON.
+    /// Write a page for a browser, which needs nothing else.
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub(crate) html: Option<PathBuf>,
+    /// Give the reports as a list in JSON (schema: docs/report.schema.json).
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Shows the machines of this user, each second anew: what they do, how long they stood still last, and whether their memory is
+/// frozen. `q` ends it.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover top
+    tideover top --once --json | jq -r '.[] | select(.state != \"running\").name'
+
+Exit code besides: 128 and the number of a signal that ended it."))]
+pub(crate) struct Top {
+    /// Show them once. So it is where standard input and output are no terminal, too.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Give the list as JSON: that of `ls`.
+    #[arg(long, requires = "once")]
+    pub(crate) json: bool,
+    /// How long until they are shown anew: a number and ms, s or min, or seconds alone.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = time::parse)]
+    pub(crate) interval: Duration,
 }
 
 /// Ends a machine: its guest, its VMM and its memory.

@@ -20,6 +20,7 @@ mod kexec;
 mod leavers;
 mod machines;
 mod orderly;
+mod page;
 mod pages;
 mod progress;
 mod report;
@@ -27,8 +28,10 @@ mod resume;
 mod size;
 mod table;
 mod time;
+mod top;
 mod verbs;
 mod vmm;
+mod waterfall;
 
 use std::process::ExitCode;
 
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         cli::Command::Kexec(arguments) => kexec::kexec(&arguments),
         cli::Command::Rehearse(arguments) => kexec::rehearse(&arguments),
         cli::Command::Report(arguments) => report::report(&arguments),
+        cli::Command::Top(arguments) => top::top(&arguments),
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
         cli::Command::Console(arguments) => console::console(&arguments),
         cli::Command::Check(arguments) => check::check(&arguments),

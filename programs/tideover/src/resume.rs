@@ -15,7 +15,6 @@ use ::kexec::When;
 use ::vmm::Hold;
 use ::vmm::control::Answer;
 use ::vmm::control::Client;
-use ::vmm::control::KexecReport;
 use ::vmm::control::Request;
 use anyhow::Context as _;
 use anyhow::bail;
@@ -36,6 +35,7 @@ use crate::kexec::open_device;
 use crate::machines;
 use crate::progress::Bar;
 use crate::report;
+use crate::report::Done;
 use crate::verbs;
 
 /// A machine could not run, and is held.
@@ -330,11 +330,11 @@ fn await_all(begun: Vec<Begun>) -> Vec<Ended> {
 
 /// Says what became of the machines.
 fn end(ended: Vec<Ended>, arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
-    let mut reports: Vec<KexecReport> = Vec::new();
+    let mut reports = Vec::new();
     let mut code = ExitCode::SUCCESS;
     for (name, answer) in ended {
         match answer {
-            Ok(Answer::Report(Some(report))) => reports.push(*report),
+            Ok(Answer::Report(Some(report))) => reports.push(Done::Kexec(report)),
             Ok(Answer::Report(None)) => {
                 complain!("tideover: {name} runs, and does not tell how it came here")
             }

@@ -11,7 +11,7 @@ use crate::demo::Result;
 use crate::size;
 
 /// Steps that are shown: those of the pause.
-const PHASES: [&str; 6] = ["paused", "saved", "sealed", "claimed", "loaded", "running"];
+pub(crate) const PHASES: [&str; 6] = ["paused", "saved", "sealed", "claimed", "loaded", "running"];
 
 pub(crate) fn show(result: &Result) -> String {
     let mut table = Table::new();

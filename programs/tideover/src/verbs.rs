@@ -76,7 +76,7 @@ pub(crate) fn ask_status(client: &Client) -> anyhow::Result<Status> {
 }
 
 /// How a machine is, that may be held.
-enum Look {
+pub(crate) enum Look {
     Status(Box<Status>),
     Held(Held),
 }
@@ -203,7 +203,7 @@ fn then(then: cli::Then) -> Then {
     }
 }
 
-fn state(state: GuestState) -> &'static str {
+pub(crate) fn state(state: GuestState) -> &'static str {
     match state {
         GuestState::Running => "running",
         GuestState::Paused => "paused",
@@ -224,19 +224,32 @@ fn sentence(status: &Status) -> String {
     )
 }
 
-pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
-    let found = machines::names()?.into_iter().map(|name| {
+/// A machine's name, and how it is.
+pub(crate) type Seen = (String, anyhow::Result<Look>);
+
+/// How all machines are.
+pub(crate) fn see() -> anyhow::Result<Vec<Seen>> {
+    let seen = machines::names()?.into_iter().map(|name| {
         let status = machines::connect(&name).and_then(|client| look(&client.with_patience(LOOK)));
         (name, status)
     });
-    let found: Vec<_> = found.collect();
+    Ok(seen.collect())
+}
+
+/// The same as JSON.
+pub(crate) fn list(seen: &[Seen]) -> anyhow::Result<Vec<serde_json::Value>> {
+    let all = seen.iter().map(|(name, status)| match status {
+        Ok(Look::Status(status)) => serde_json::to_value(status),
+        Ok(Look::Held(held)) => Ok(held_json(held)),
+        Err(error) => Ok(json!({ "name": name, "state": silence(error) })),
+    });
+    Ok(all.collect::<Result<_, _>>()?)
+}
+
+pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
+    let found = see()?;
     if arguments.json {
-        let all = found.iter().map(|(name, status)| match status {
-            Ok(Look::Status(status)) => serde_json::to_value(status),
-            Ok(Look::Held(held)) => Ok(held_json(held)),
-            Err(error) => Ok(json!({ "name": name, "state": silence(error) })),
-        });
-        say_json(&all.collect::<Result<Vec<_>, _>>()?)?;
+        say_json(&list(&found)?)?;
         return Ok(ExitCode::SUCCESS);
     }
     if found.is_empty() {
@@ -268,7 +281,7 @@ pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
 }
 
 /// What a machine is that does not answer.
-fn silence(error: &anyhow::Error) -> &'static str {
+pub(crate) fn silence(error: &anyhow::Error) -> &'static str {
     if error.is::<machines::NoMachine>() { "dead" } else { "busy" }
 }
 
@@ -402,7 +415,7 @@ fn start_and_ask(
     answer
 }
 
-fn told(name: &str, report: &UpdateReport) -> String {
+pub(crate) fn told(name: &str, report: &UpdateReport) -> String {
     let pause = |us: Option<f64>| match us {
         Some(us) => format!("the guest stood still for {}", table::millis(us)),
         None => "the guest did not stand still for it".to_owned(),

@@ -228,6 +228,8 @@ pub enum Request {
     GoOn,
     /// What did the last kexec take?
     Report,
+    /// What did the last update take, of those since the last kexec?
+    LastUpdate,
     /// Of a machine that is held after a kexec: try again to run it, by this program or the one that was tried before.
     Revive {
         /// The program.
@@ -290,7 +292,7 @@ pub struct DeviceStatus {
 }
 
 /// How the guest is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The machine's name.
     pub name: String,
@@ -338,6 +340,16 @@ pub struct Status {
     /// It is to go with the host through a kexec.
     #[serde(default)]
     pub through_kexec: bool,
+    /// How often the right to run it has changed hands, which it does three times in an update: the epoch of its ownership
+    /// word. It wraps to 0 after 2³².
+    #[serde(default)]
+    pub epoch: Option<u32>,
+    /// Its memory is frozen.
+    #[serde(default)]
+    pub frozen: bool,
+    /// How long its guest stood still for the last update or kexec, in microseconds.
+    #[serde(default)]
+    pub last_pause_us: Option<f64>,
 }
 
 /// The outcome of an update.
@@ -494,6 +506,8 @@ pub enum Answer {
     },
     /// What the last kexec took; `None` if there was none.
     Report(Option<Box<KexecReport>>),
+    /// What the last update took; `None` if there was none since the machine was made or came through a kexec, or it is not known.
+    LastUpdate(Option<Box<UpdateReport>>),
     /// The machine came through a kexec and nothing runs it: its memory is held.
     Held(Held),
     /// The guest runs on.

@@ -65,6 +65,7 @@ impl Vmm {
             programs: self.programs.clone(),
             history,
             answered: None,
+            parts: false,
             faults: self.faults(),
             crossing: Some(Crossing::begin(&*self.guest.guest)),
             crossed: None,

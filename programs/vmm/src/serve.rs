@@ -10,6 +10,7 @@ use std::sync::Arc;
 use fdpass::Channel;
 use fdpass::monotonic_ns;
 use machine::Machine;
+use machine::OwnershipWord;
 use machine::update::Guest as _;
 use pulse::Mailboxes;
 use serde::Deserialize;
@@ -34,6 +35,7 @@ use crate::control::MachineSpec;
 use crate::control::Request;
 use crate::control::Status;
 use crate::control::Then;
+use crate::control::UpdateReport;
 use crate::crossing::Crossing;
 use crate::first;
 use crate::guest;
@@ -56,9 +58,12 @@ pub(crate) struct Told {
     pub(crate) consoles: Vec<u32>,
     pub(crate) programs: Vec<PathBuf>,
     pub(crate) history: History,
-    /// Who is to be told how the update went, and by whom, which says farewell when that is done. By exec, nobody is left.
+    /// Who is to be told how the update went, and by whom. By exec, nobody is left to do that in its place.
     #[serde(default)]
     pub(crate) answered: Option<Answered>,
+    /// Whoever tells this says farewell when it has told how the update went, and the successor what it told.
+    #[serde(default)]
+    pub(crate) parts: bool,
     /// What went wrong last in each device, by its name.
     #[serde(default)]
     pub(crate) faults: BTreeMap<String, String>,
@@ -115,6 +120,8 @@ pub(crate) struct Vmm {
     pub(crate) confined: Confine,
     /// What the last kexec took.
     pub(crate) crossed: Option<KexecReport>,
+    /// What the last update took since then.
+    pub(crate) updated: Option<UpdateReport>,
 }
 
 /// What is left to do after a request.
@@ -155,8 +162,8 @@ impl Vmm {
         let words = MemoryWords::of(&spec, &machine);
         let history = History { made_ns: monotonic_ns(), updates: 0, lived_ns: 0, kexecs: 0 };
         let guest = AnyGuest { guest, held: false };
-        let (confined, crossed) = (Confine::No, None);
-        Self { spec, machine, guest, words, clients, backends, programs, history, confined, crossed }
+        let (confined, crossed, updated) = (Confine::No, None, None);
+        Self { spec, machine, guest, words, clients, backends, programs, history, confined, crossed, updated }
     }
 
     /// Gives up what is not needed while the guest runs, if the machine is to be confined.
@@ -204,6 +211,7 @@ impl Vmm {
                 Answer::Error("the machine runs: there is nothing to revive".to_owned())
             }
             Request::Report => Answer::Report(self.crossed.clone().map(Box::new)),
+            Request::LastUpdate => Answer::LastUpdate(self.updated.clone().map(Box::new)),
             Request::Resume => self.resume(),
             Request::Wait => {
                 self.clients.set_mode(client, Mode::Waits);
@@ -321,6 +329,12 @@ impl Vmm {
         Ok(())
     }
 
+    /// The last pause for an update or a kexec: an update that was rolled back may have had one, too.
+    fn last_pause_us(&self) -> Option<f64> {
+        let crossed = self.crossed.as_ref().and_then(|report| report.pause_us);
+        self.updated.as_ref().and_then(|report| report.pause_us).or(crossed)
+    }
+
     fn status(&self) -> Status {
         let memory = &self.machine.memories()[0];
         let mailboxes = self.words.as_ref().map(|words| words.mailboxes().ok());
@@ -353,6 +367,9 @@ impl Vmm {
             consoles: self.backends.console.attached(),
             confined: self.confined,
             through_kexec: self.spec.through_kexec,
+            epoch: self.machine.ownership().ok().map(OwnershipWord::epoch),
+            frozen: memory.inode.is_frozen(),
+            last_pause_us: self.last_pause_us(),
         }
     }
 }

@@ -27,6 +27,7 @@ use crate::clients::Clients;
 use crate::confine::Confine;
 use crate::control::Answer;
 use crate::control::GuestKind;
+use crate::control::UpdateReport;
 use crate::guest;
 use crate::guest::AnyGuest;
 use crate::guest::Health;
@@ -247,7 +248,19 @@ impl Prepared {
         let history = History { updates: told.history.updates + u64::from(updated), ..told.history };
         let Told { spec, programs, crossed, .. } = told;
         let confined = Confine::No;
-        Vmm { spec, machine, guest, words, clients, backends, programs, history, confined, crossed }
+        Vmm {
+            spec,
+            machine,
+            guest,
+            words,
+            clients,
+            backends,
+            programs,
+            history,
+            confined,
+            crossed,
+            updated: None,
+        }
     }
 }
 
@@ -271,11 +284,17 @@ fn begin(
         warn!(error = &unsettled.cause as &dyn std::error::Error, "the session is not settled");
         unsettled.machine
     });
-    if let Some(Answered { client, by }) = prepared.told.answered
-        && !parting.was_told(FAREWELL)
-    {
-        let report = measure::report_of_death(by, &seen);
-        prepared.clients.tell(client, &Answer::Update(Box::new(report)));
+    let mut updated = None;
+    if prepared.told.answered.is_some() || prepared.told.parts {
+        match (parting.was_told(FAREWELL), prepared.told.answered) {
+            (Some(last), _) => updated = UpdateReport::deserialize(last).ok(),
+            (None, Some(Answered { client, by })) => {
+                let report = measure::report_of_death(by, &seen);
+                prepared.clients.tell(client, &Answer::Update(Box::new(report.clone())));
+                updated = Some(report);
+            }
+            (None, None) => {}
+        }
     }
-    Ok(prepared.serve(machine, words, is_updated))
+    Ok(Vmm { updated, ..prepared.serve(machine, words, is_updated) })
 }

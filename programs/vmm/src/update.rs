@@ -122,6 +122,7 @@ impl Vmm {
             programs: self.programs.clone(),
             history: self.history,
             answered,
+            parts: true,
             faults: self.faults(),
             crossing: None,
             crossed: self.crossed.clone(),
@@ -139,8 +140,14 @@ impl Vmm {
     }
 
     /// The guest runs on here, for a reason that came before anything was tried.
-    fn refuse(&self, client: ClientId, reason: String) -> After {
-        self.clients.tell(client, &Answer::Update(Box::new(self.rolled_back(reason, None))));
+    fn refuse(&mut self, client: ClientId, reason: String) -> After {
+        self.stay(client, self.rolled_back(reason, None))
+    }
+
+    /// The guest runs on here: tells who asked why.
+    fn stay(&mut self, client: ClientId, report: UpdateReport) -> After {
+        self.updated = Some(report.clone());
+        self.clients.tell(client, &Answer::Update(Box::new(report)));
         After::Go
     }
 
@@ -172,15 +179,12 @@ impl Vmm {
                     started.let_go();
                 }
                 let report = measure::report(&report, self.guest.stopped_ns());
-                let after = self.leave(client, report);
-                socket::farewell(&channel);
-                Ok(after)
+                Ok(self.leave(client, report, &channel))
             }
             Outcome::RolledBack { reason, pause, .. } => {
                 drop(channel);
                 let report = self.rolled_back(why(reason, started), pause.map(measure::micros_of));
-                self.clients.tell(client, &Answer::Update(Box::new(report)));
-                Ok(After::Go)
+                Ok(self.stay(client, report))
             }
         }
     }
@@ -202,16 +206,16 @@ impl Vmm {
             exec::replace(&mut self.machine, &mut self.guest, &program, &go_on(), &offer, &mut observer);
         drop(offer);
         match replaced.context("the guest is lost")? {
-            Replaced::Updated { report, aside } => {
+            Replaced::Updated { report, aside, channel } => {
                 let report = measure::report(&report, self.guest.stopped_ns());
                 let report = UpdateReport { aside_us: Some(measure::micros_of(aside)), ..report };
-                Ok(self.leave(client, report))
+                Ok(self.leave(client, report, &channel))
             }
-            Replaced::WentBack { reason, pause, report, aside } => {
+            Replaced::WentBack { reason, pause, report, aside, channel } => {
                 let reason = format!("{:#}", anyhow::Error::new(reason));
                 let report = measure::report_of_return(&report, self.guest.stopped_ns(), reason, pause);
                 let report = UpdateReport { aside_us: Some(measure::micros_of(aside)), ..report };
-                Ok(self.leave(client, report))
+                Ok(self.leave(client, report, &channel))
             }
             Replaced::RolledBack { reason, pause, left } => {
                 let reason = format!("{:#}", anyhow::Error::new(reason));
@@ -222,8 +226,7 @@ impl Vmm {
                     )
                 });
                 let report = self.rolled_back(reason, pause.map(measure::micros_of));
-                self.clients.tell(client, &Answer::Update(Box::new(report)));
-                Ok(After::Go)
+                Ok(self.stay(client, report))
             }
         }
     }
@@ -243,11 +246,14 @@ impl Vmm {
         })
     }
 
-    /// The guest runs elsewhere: tells who asked, and leaves.
-    fn leave(&mut self, client: ClientId, report: UpdateReport) -> After {
+    /// The guest runs elsewhere: tells who asked, and then the successor what that was, and leaves.
+    fn leave(&mut self, client: ClientId, report: UpdateReport, successor: &Channel) -> After {
         info!(pause_us = report.pause_us, successor = report.successor_pid, outcome = ?report.outcome, "leaves");
+        // Should this not be JSON, nobody hears it: it is told below all the same.
+        let last = serde_json::to_value(&report).unwrap_or_default();
         self.clients.tell(client, &Answer::Update(Box::new(report)));
         self.clients.leave();
+        socket::farewell(successor, last);
         After::End
     }
 

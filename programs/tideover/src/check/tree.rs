@@ -203,6 +203,9 @@ impl Tree {
             devices: Vec::new(),
             consoles: 0,
             confined: Confine::No,
+            epoch: Some(1),
+            frozen: false,
+            last_pause_us: None,
             through_kexec: true,
         }
     }

@@ -5,6 +5,7 @@ use std::io::Read as _;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::process::Child;
+use std::process::Command;
 use std::process::Stdio;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
@@ -121,10 +122,10 @@ fn a_machine_without_a_serial_line_or_that_is_none_says_so() {
     assert_eq!(host.json(&["status", "thread"])["state"], "running");
 }
 
-/// `tideover console` on a terminal.
-struct AtTerminal {
+/// A command on a terminal.
+pub(crate) struct AtTerminal {
     /// The user's end.
-    user: File,
+    pub(crate) user: File,
     terminal: OwnedFd,
     child: Child,
     seen: String,
@@ -132,6 +133,14 @@ struct AtTerminal {
 
 impl AtTerminal {
     fn of(host: &Host, machine: &str) -> Self {
+        let mut new = Self::start(host.command(&["console", machine]));
+        new.await_text("Ctrl-] leaves it");
+        new.await_text("line ");
+        assert!(is_raw(&new.terminal));
+        new
+    }
+
+    pub(crate) fn start(mut command: Command) -> Self {
         let user =
             rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         rustix::pty::grantpt(&user).unwrap();
@@ -141,16 +150,16 @@ impl AtTerminal {
         let terminal = rustix::fs::open(name, flags, Mode::empty()).unwrap();
         assert!(!is_raw(&terminal));
         let ends = || Stdio::from(terminal.try_clone().unwrap());
-        let mut command = host.command(&["console", machine]);
         let child = command.stdin(ends()).stdout(ends()).stderr(ends()).spawn().unwrap();
-        let mut new = Self { user: File::from(user), terminal, child, seen: String::new() };
-        new.await_text("Ctrl-] leaves it");
-        new.await_text("line ");
-        assert!(is_raw(&new.terminal));
-        new
+        Self { user: File::from(user), terminal, child, seen: String::new() }
     }
 
-    fn await_text(&mut self, text: &str) {
+    /// The number of its process.
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap()
+    }
+
+    pub(crate) fn await_text(&mut self, text: &str) {
         let mut bytes = [0; 4096];
         while !self.seen.contains(text) {
             let read = self.user.read(&mut bytes).unwrap();
@@ -160,7 +169,7 @@ impl AtTerminal {
 
     /// It ends with this code, though nobody reads what it says, and the terminal is as it was.
     #[track_caller]
-    fn assert_ends(mut self, code: i32) {
+    pub(crate) fn assert_ends(mut self, code: i32) {
         let ended = wait_for("its end", || self.child.try_wait().unwrap());
         assert_eq!(ended.code(), Some(code));
         assert!(!is_raw(&self.terminal), "the terminal is left raw");
@@ -199,8 +208,7 @@ fn a_terminal_gives_the_guest_every_key_and_is_as_it_was_however_it_ends() {
     other.await_text("key z");
     for (signal, number) in [(Signal::TERM, 15), (Signal::HUP, 1), (Signal::INT, 2)] {
         let console = AtTerminal::of(&host, "m");
-        let pid = Pid::from_raw(i32::try_from(console.child.id()).unwrap()).unwrap();
-        kill_process(pid, signal).unwrap();
+        kill_process(console.pid(), signal).unwrap();
         console.assert_ends(128 + number);
     }
     // The key behind Ctrl-] was not for the guest, or it would be off.

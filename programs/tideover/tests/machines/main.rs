@@ -11,6 +11,7 @@ mod ended;
 mod held;
 mod host;
 mod kernel;
+mod reported;
 #[path = "../schema/mod.rs"]
 mod schema;
 
