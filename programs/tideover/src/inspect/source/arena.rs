@@ -14,6 +14,8 @@ use anyhow::bail;
 use pages::PAGE_SIZE;
 use pages::PageRange;
 use pages::Pfn;
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 use survey::Options;
 use survey::Root;
 
@@ -37,6 +39,29 @@ impl Flat {
 
     pub(super) const fn new(file: File, len: u64) -> Self {
         Self { file, len }
+    }
+
+    /// The pages that hold something: what the file system keeps no bytes of is zero.
+    pub(super) fn data(&self) -> Vec<PageRange> {
+        let whole = || self.runs();
+        let mut data = Vec::new();
+        let (mut at, end) = (0, self.len / PAGE_SIZE * PAGE_SIZE);
+        while at < end {
+            let from = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(from) => from / PAGE_SIZE * PAGE_SIZE,
+                Err(Errno::NXIO) => break,
+                // A file that does not tell.
+                Err(_) => return whole(),
+            };
+            let Ok(to) = rustix::fs::seek(&self.file, SeekFrom::Hole(from.max(at))) else { return whole() };
+            let to = to.next_multiple_of(PAGE_SIZE).min(end);
+            if to <= from.max(at) {
+                break;
+            }
+            data.extend(PageRange::of_bytes(from.max(at), to - from.max(at)));
+            at = to;
+        }
+        data
     }
 }
 

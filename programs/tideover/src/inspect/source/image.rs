@@ -9,6 +9,7 @@ use abi::fdt;
 use anyhow::Context as _;
 use anyhow::bail;
 use pages::PAGE_BYTES;
+use pages::PageRange;
 use survey::Options;
 use survey::Root;
 use survey::Survey;
@@ -32,7 +33,7 @@ pub(super) fn open(text: &str, path: &str, fdt: Option<u64>) -> anyhow::Result<S
     let len = file.read_at(&mut first, 0).with_context(|| format!("cannot read {}", shown(path)))?;
     let first = &first[..len];
     let running = path == Path::new("/proc/kcore");
-    let (memory, holds): (Box<dyn Memory>, String) = match () {
+    let Opened { memory, holds, data } = match () {
         () if first.starts_with(&unpack::ZSTD) => {
             let (file, len) =
                 unpack::unpack(file).with_context(|| format!("cannot unpack {}", shown(path)))?;
@@ -57,12 +58,19 @@ pub(super) fn open(text: &str, path: &str, fdt: Option<u64>) -> anyhow::Result<S
     }
     let address = match fdt {
         Some(address) => address,
-        None => find(memory.as_ref(), options, &mut told)?,
+        None => find(memory.as_ref(), data, options, &mut told)?,
     };
     Ok(Source { memory, root: Root::Fdt(address), options, told })
 }
 
-fn of_file(file: File, len: u64) -> anyhow::Result<(Box<dyn Memory>, String)> {
+/// Memory, what is said of it, and where in it something is.
+struct Opened {
+    memory: Box<dyn Memory>,
+    holds: String,
+    data: Vec<PageRange>,
+}
+
+fn of_file(file: File, len: u64) -> anyhow::Result<Opened> {
     let mut magic = [0; 4];
     if file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF" {
         let core = elf::Core::open(file)?;
@@ -71,20 +79,19 @@ fn of_file(file: File, len: u64) -> anyhow::Result<(Box<dyn Memory>, String)> {
             crate::size::show(core.len_bytes()),
             core.segments()
         );
-        return Ok((Box::new(core), holds));
+        return Ok(Opened { data: core.runs(), memory: Box::new(core), holds });
     }
     if len < PAGE_BYTES as u64 {
         bail!("it has {len} bytes, which is no memory of a machine");
     }
-    Ok((
-        Box::new(Flat::new(file, len)),
-        format!("a raw image: {} of memory from address 0 on", crate::size::show(len)),
-    ))
+    let holds = format!("a raw image: {} of memory from address 0 on", crate::size::show(len));
+    let memory = Flat::new(file, len);
+    Ok(Opened { data: memory.data(), memory: Box::new(memory), holds })
 }
 
 /// The root FDT, among all pages that look like one.
-fn find(memory: &dyn Memory, options: Options, told: &mut Told) -> anyhow::Result<u64> {
-    let found = search::search(memory);
+fn find(memory: &dyn Memory, data: Vec<PageRange>, options: Options, told: &mut Told) -> anyhow::Result<u64> {
+    let found = search::search(memory, data);
     let best = found.candidates.iter().copied().max_by_key(|address| {
         let survey = Survey::read(&memory, &Root::Fdt(*address), options);
         let errors = survey.findings.len();

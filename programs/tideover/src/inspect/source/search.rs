@@ -4,6 +4,7 @@ use abi::Memory;
 use abi::fdt;
 use pages::PAGE_BYTES;
 use pages::PAGE_SIZE;
+use pages::PageRange;
 
 use super::unpack::Patience;
 
@@ -23,10 +24,9 @@ pub(super) struct Found {
     pub(super) named: Vec<u64>,
 }
 
-/// Looks at all of the memory.
-pub(super) fn search(memory: &dyn Memory) -> Found {
+/// Looks at all of these runs of the memory.
+pub(super) fn search(memory: &dyn Memory, runs: Vec<PageRange>) -> Found {
     let mut found = Found::default();
-    let runs = memory.runs();
     let all: u64 = runs.iter().map(|run| run.len_bytes()).sum();
     let (mut patience, mut done) = (Patience::new(), 0);
     let mut chunk = vec![0; CHUNK];
@@ -101,7 +101,7 @@ mod tests {
         node.extend(((4u64 << 20) + 8192).to_le_bytes());
         node.extend(4096u64.to_le_bytes());
         memory[(1 << 20) + 8..][..node.len()].copy_from_slice(&node);
-        let found = search(&memory);
+        let found = search(&memory, memory.runs());
         assert_eq!(found.candidates, [3 * 4096, (4 << 20) + 8192]);
         assert_eq!(found.named, [(4 << 20) + 8192]);
     }
