@@ -1,6 +1,7 @@
 //! The hosts' kernel: built once from Debian's newest kernel source, and kept outside the tree.
 
 use std::fs;
+use std::fs::File;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
@@ -22,12 +23,17 @@ pub(crate) fn kept_or_built(build: bool) -> Result<Option<PathBuf>> {
     let wanted = fs::read_to_string(&fragment).context("cannot read the kernel's configuration")?;
     let cache = cache_folder()?;
     let (kernel, built_with) = (cache.join("bzImage"), cache.join("built-with.config"));
-    let is_kept = kernel.is_file() && fs::read_to_string(&built_with).is_ok_and(|with| with == wanted);
-    if !is_kept && !build {
+    let is_kept = || kernel.is_file() && fs::read_to_string(&built_with).is_ok_and(|with| with == wanted);
+    if is_kept() {
+        return Ok(Some(kernel));
+    }
+    if !build {
         return Ok(None);
     }
-    if !is_kept {
-        fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    fs::create_dir_all(&cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    let _lock = lock(&cache)?;
+    // Another run may have built it meanwhile.
+    if !is_kept() {
         let built = self::build(&cache, &fragment)?;
         fs::copy(built, &kernel).context("cannot keep the kernel")?;
         fs::write(&built_with, wanted).context("cannot keep the kernel's configuration")?;
@@ -35,6 +41,18 @@ pub(crate) fn kept_or_built(build: bool) -> Result<Option<PathBuf>> {
         fs::remove_dir_all(cache.join("source")).context("cannot remove the kernel's source")?;
     }
     Ok(Some(kernel))
+}
+
+/// Waits until no other run builds here: two would take each other's source away.
+fn lock(cache: &Path) -> Result<File> {
+    let path = cache.join("lock");
+    let cannot = || format!("cannot lock {}", path.display());
+    let file = File::create(&path).with_context(cannot)?;
+    if file.try_lock().is_err() {
+        println!("e2e: waiting for another run, which builds a kernel");
+        file.lock().with_context(cannot)?;
+    }
+    Ok(file)
 }
 
 pub(super) fn cache_folder() -> Result<PathBuf> {
