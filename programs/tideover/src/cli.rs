@@ -387,6 +387,7 @@ machine.
 Example: tideover inspect web1
     tideover inspect --verify memory:/var/crash/vmcore
     tideover inspect --json debugfs:/sys/kernel/debug/kho/in | jq .kho.preserved_by_order
+    tideover inspect --html web1.html web1
     tideover inspect --diff arena:before arena:after"
 )]
 pub(crate) struct Inspect {
@@ -405,6 +406,9 @@ pub(crate) struct Inspect {
     /// Say what the second source has that the first has not, what it has not any more, and what is another.
     #[arg(long)]
     pub(crate) diff: bool,
+    /// Write a page for a browser, with a map of the memory: it needs nothing else.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "diff", "folios"])]
+    pub(crate) html: Option<PathBuf>,
     /// Give what was found as JSON (schema: docs/inspect.schema.json).
     #[arg(long)]
     pub(crate) json: bool,

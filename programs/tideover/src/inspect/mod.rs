@@ -2,6 +2,7 @@
 
 mod branch;
 mod diff;
+mod html;
 mod json;
 mod show;
 mod source;
@@ -63,8 +64,13 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> anyhow::Result<ExitCode> {
 }
 
 fn show(out: &mut impl Write, arguments: &cli::Inspect, source: &str) -> anyhow::Result<ExitCode> {
+    let name = source;
     let source = Source::open(source, arguments.fdt_address)?;
     let survey = source.survey();
+    if let Some(path) = &arguments.html {
+        html::write(path, &Report { source: &source.told, survey: &survey, folios: None }, name)?;
+        return Ok(verdict(arguments, &survey));
+    }
     let written = match arguments.json {
         true => {
             let folios = arguments.folios.then(|| AllFolios { memory: source.memory(), survey: &survey });
@@ -73,8 +79,12 @@ fn show(out: &mut impl Write, arguments: &cli::Inspect, source: &str) -> anyhow:
         false => show::write(out, &source, &survey, arguments.folios, arguments.verify),
     };
     done(written)?;
+    Ok(verdict(arguments, &survey))
+}
+
+fn verdict(arguments: &cli::Inspect, survey: &Survey) -> ExitCode {
     let wrong = survey.findings.iter().any(|finding| finding.severity == Severity::Error);
-    Ok(if arguments.verify && wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    if arguments.verify && wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 fn compare(out: &mut impl Write, arguments: &cli::Inspect, sources: [&str; 2]) -> anyhow::Result<ExitCode> {
