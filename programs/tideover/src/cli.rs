@@ -397,6 +397,10 @@ pub(crate) struct Inspect {
     /// Where the root FDT is in memory:FILE [default: it is searched for].
     #[arg(long, value_name = "ADDRESS", value_parser = crate::inspect::address)]
     pub(crate) fdt_address: Option<u64>,
+    /// The kernel whose memory:FILE it is had booted further than the kexec, and uses what it has read for other things: what
+    /// is broken may just be stale.
+    #[arg(long)]
+    pub(crate) booted: bool,
     /// List each folio of each file, too.
     #[arg(long, conflicts_with = "diff")]
     pub(crate) folios: bool,

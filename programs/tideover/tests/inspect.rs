@@ -24,6 +24,8 @@ use abi::state::StateName;
 use machine::Machine;
 use machine::MemorySpec;
 use machine::Spec;
+use rustix::fs::FileType;
+use rustix::fs::Mode;
 use ruzstd::decoding::StreamingDecoder;
 use serde_json::Value;
 
@@ -157,6 +159,97 @@ fn of_several_roots_the_one_that_holds_something_is_taken_and_the_others_are_nam
     let found = json(&[&source]);
     assert_eq!(found["kho"]["fdt_address"], FDT);
     assert!(found["source"]["notes"].to_string().contains("0x100000"), "{}", found["source"]);
+}
+
+/// The page of the root FDT, with a tree at `map` in place of its own.
+fn root_with(map: u64) -> Vec<u8> {
+    let mut page = memory()[usize::try_from(FDT).unwrap()..][..4096].to_vec();
+    let at = page.windows(8).position(|word| word == 0x4f_2000u64.to_le_bytes()).unwrap();
+    page[at..at + 8].copy_from_slice(&map.to_le_bytes());
+    page
+}
+
+#[test]
+fn pages_that_a_guest_has_made_to_look_like_a_root_hide_no_state() {
+    let folder = Folder::new();
+    let mut other = memory().clone();
+    for index in 0..100 {
+        other.write(0x20_0000 + index * 4096, &root_with(0x7000)).unwrap();
+    }
+    let found = json(&[&format!("memory:{}", folder.file("many", &other))]);
+    assert_eq!(found["kho"]["fdt_address"], FDT);
+    let notes = found["source"]["notes"].to_string();
+    assert!(notes.contains("100 other pages") && notes.contains("more;"), "{notes}");
+
+    // One that boot parameters name, or what looks like them.
+    let mut node = [10u32, 32].map(u32::to_le_bytes).concat();
+    node.extend([0x20_0000u64, 4096].map(u64::to_le_bytes).concat());
+    other.write(0x30_0000, &node).unwrap();
+    let found = json(&[&format!("memory:{}", folder.file("named", &other))]);
+    assert_eq!(found["kho"]["fdt_address"], FDT);
+    assert!(found["source"]["notes"].to_string().contains("names 0x200000"), "{}", found["source"]);
+}
+
+#[test]
+fn a_whole_state_in_memory_that_another_one_keeps_for_a_file_is_not_the_root() {
+    let folder = Folder::new();
+    let mut other = memory().clone();
+    // In the 4 MiB of session web-1: all the same, and nothing in it is broken.
+    other.write(0xe0_1000, &root_with(0x4f_2000)).unwrap();
+    let found = json(&[&format!("memory:{}", folder.file("inside", &other))]);
+    assert_eq!(found["kho"]["fdt_address"], FDT);
+    assert!(found["source"]["notes"].to_string().contains("web-1"), "{}", found["source"]);
+}
+
+#[test]
+fn a_core_that_tells_of_more_than_it_holds_is_read_as_far_as_it_goes() {
+    let folder = Folder::new();
+    let mut cut = core(memory());
+    // The first segment's length.
+    cut[64 + 32..64 + 40].copy_from_slice(&(1u64 << 60).to_le_bytes());
+    let found = json(&[&format!("memory:{}", folder.file("cut", &cut))]);
+    assert!(found["source"]["holds"].to_string().contains("cut short"), "{}", found["source"]);
+}
+
+#[test]
+fn of_a_kernel_that_has_booted_further_what_is_broken_may_be_stale() {
+    let folder = Folder::new();
+    let mut used = memory().clone();
+    // The structure of a file.
+    used.write(0x84_5000, &[0xa5; 4096]).unwrap();
+    let source = format!("memory:{}", folder.file("used", &used));
+    assert_eq!(tideover(&["inspect", "--verify", &source]).status.code(), Some(1));
+    let booted = tideover(&["inspect", "--verify", "--booted", &source]);
+    let shown = String::from_utf8_lossy(&booted.stdout);
+    assert_eq!(booted.status.code(), Some(0), "{shown}");
+    assert!(shown.contains("may be stale"), "{shown}");
+}
+
+#[test]
+fn what_is_no_file_is_not_waited_for_or_read_without_end() {
+    let folder = Folder::new();
+    let pipe = folder.0.join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
+    let pipe = pipe.to_str().unwrap();
+    for source in [format!("memory:{pipe}"), format!("arena:{pipe}"), "arena:/dev/zero".to_owned()] {
+        let output = tideover(&["inspect", &source]);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{source}: {said}");
+        assert!(said.contains("no file that memory could be in"), "{source}: {said}");
+    }
+    let empty = folder.file("empty", &[]);
+    let said = tideover(&["inspect", &format!("arena:{empty}")]).stderr;
+    assert!(String::from_utf8_lossy(&said).contains("has 0 bytes"));
+}
+
+#[test]
+fn frames_of_a_packed_file_that_hold_no_memory_are_passed_over() {
+    let folder = Folder::new();
+    let other = [&[0x53, 0x2a, 0x4d, 0x18, 3, 0, 0, 0][..], b"abc"].concat();
+    let packed = std::fs::read(PACKED).unwrap();
+    let found =
+        json(&[&format!("memory:{}", folder.file("packed", &[&other[..], &packed, &other].concat()))]);
+    assert_eq!(found["kho"]["fdt_address"], FDT);
 }
 
 /// An ELF core of memory, in two segments that stand in the file the other way round.

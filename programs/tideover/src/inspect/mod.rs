@@ -27,6 +27,7 @@ use survey::Severity;
 use survey::Survey;
 
 use crate::cli;
+use source::Hints;
 use source::Source;
 use source::Told;
 
@@ -65,7 +66,7 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> anyhow::Result<ExitCode> {
 
 fn show(out: &mut impl Write, arguments: &cli::Inspect, source: &str) -> anyhow::Result<ExitCode> {
     let name = source;
-    let source = Source::open(source, arguments.fdt_address)?;
+    let source = Source::open(source, hints(arguments))?;
     let survey = source.survey();
     if let Some(path) = &arguments.html {
         html::write(path, &Report { source: &source.told, survey: &survey, folios: None }, name)?;
@@ -82,14 +83,19 @@ fn show(out: &mut impl Write, arguments: &cli::Inspect, source: &str) -> anyhow:
     Ok(verdict(arguments, &survey))
 }
 
+fn hints(arguments: &cli::Inspect) -> Hints {
+    Hints { fdt: arguments.fdt_address, booted: arguments.booted }
+}
+
 fn verdict(arguments: &cli::Inspect, survey: &Survey) -> ExitCode {
-    let wrong = survey.findings.iter().any(|finding| finding.severity == Severity::Error);
+    let nothing = survey.kho.as_ref().is_none_or(|kho| kho.version.is_empty());
+    let wrong = nothing || survey.findings.iter().any(|finding| finding.severity == Severity::Error);
     if arguments.verify && wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
 fn compare(out: &mut impl Write, arguments: &cli::Inspect, sources: [&str; 2]) -> anyhow::Result<ExitCode> {
     let [from, to] = sources;
-    let (from, to) = (Source::open(from, arguments.fdt_address)?, Source::open(to, arguments.fdt_address)?);
+    let (from, to) = (Source::open(from, hints(arguments))?, Source::open(to, hints(arguments))?);
     let (before, after) = (from.survey(), to.survey());
     let diff = diff::diff((&from.told, &before), (&to.told, &after));
     done(if arguments.json { json::write(out, &diff) } else { diff.write(out) })?;

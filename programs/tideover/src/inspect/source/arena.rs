@@ -32,8 +32,10 @@ pub(super) struct Flat {
 
 impl Flat {
     pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
-        let file = File::open(path).with_context(|| format!("cannot open {}", shown(path)))?;
-        let len = file.metadata().with_context(|| format!("cannot look at {}", shown(path)))?.len();
+        let (file, len) = super::open_file(path)?;
+        if len < PAGE_SIZE {
+            bail!("{} has {len} bytes, which is no region 0 of a machine", shown(path));
+        }
         Ok(Self { file, len })
     }
 

@@ -1,7 +1,5 @@
 //! What a kernel shows of its state in /sys/kernel/debug/kho/in and out: the root FDT and the blobs, and nothing behind them.
 
-use std::fs::File;
-use std::io::ErrorKind;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -91,11 +89,10 @@ pub(super) fn open(text: &str, path: &str) -> anyhow::Result<Source> {
 
 /// A file's bytes; none if there is no such file.
 fn blob(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("cannot open {}", shown(path))),
-    };
+    if !path.exists() {
+        return Ok(None);
+    }
+    let (file, _) = super::open_file(path)?;
     let mut bytes = Vec::new();
     file.take(MOST_BYTES).read_to_end(&mut bytes).with_context(|| format!("cannot read {}", shown(path)))?;
     Ok(Some(bytes))
@@ -104,7 +101,7 @@ fn blob(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
 /// The memory that the next kernel boots in, which a kernel that hands over names beside its tree.
 fn scratch(directory: &Path) -> Option<String> {
     let list = |name: &str| {
-        let text = std::fs::read_to_string(directory.join(name)).ok()?;
+        let text = String::from_utf8(blob(&directory.join(name)).ok()??).ok()?;
         text.split_whitespace()
             .map(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok())
             .collect::<Option<Vec<_>>>()

@@ -32,6 +32,8 @@ pub(super) struct Core {
     file: File,
     /// By ascending address, without overlap.
     segments: Vec<Segment>,
+    /// Bytes that the headers tell of, and that the file has not.
+    missing: u64,
 }
 
 /// A number of the header.
@@ -72,15 +74,28 @@ impl Core {
                 segments.push(whole);
             }
         }
+        let told: u64 = segments.iter().fold(0, |sum, segment: &Segment| sum.saturating_add(segment.len));
+        // What lies behind the file's end would be looked for page by page.
+        let end = file.metadata().context("cannot look at it")?.len();
+        for segment in &mut segments {
+            segment.len = segment.len.min(end.saturating_sub(segment.offset) & !(PAGE_SIZE - 1));
+        }
+        segments.retain(|segment| segment.len > 0);
+        let missing = told - segments.iter().map(|segment| segment.len).sum::<u64>();
         let segments = apart(segments);
         if segments.is_empty() {
             bail!("it has no memory with physical addresses in it");
         }
-        Ok(Self { file, segments })
+        Ok(Self { file, segments, missing })
     }
 
     pub(super) fn len_bytes(&self) -> u64 {
         self.segments.iter().map(|segment| segment.len).sum()
+    }
+
+    /// Bytes of memory that its headers tell of and that are not in it: it was cut short.
+    pub(super) const fn missing_bytes(&self) -> u64 {
+        self.missing
     }
 
     pub(super) fn segments(&self) -> usize {

@@ -5,19 +5,19 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use abi::Memory;
-use abi::fdt;
 use anyhow::Context as _;
 use anyhow::bail;
 use pages::PAGE_BYTES;
 use pages::PageRange;
 use survey::Options;
 use survey::Root;
-use survey::Survey;
 
+use super::Hints;
 use super::Source;
 use super::Told;
 use super::arena::Flat;
 use super::arena::shown;
+use super::candidates;
 use super::elf;
 use super::search;
 use super::unpack;
@@ -26,15 +26,15 @@ use super::unpack;
 const KDUMP: &[u8] = b"KDUMP   ";
 const DISKDUMP: &[u8] = b"DISKDUMP";
 
-pub(super) fn open(text: &str, path: &str, fdt: Option<u64>) -> anyhow::Result<Source> {
+pub(super) fn open(text: &str, path: &str, hints: Hints) -> anyhow::Result<Source> {
     let path = Path::new(path);
-    let file = File::open(path).with_context(|| format!("cannot open {}", shown(path)))?;
+    let (file, len) = super::open_file(path)?;
     let mut first = [0; 64];
-    let len = file.read_at(&mut first, 0).with_context(|| format!("cannot read {}", shown(path)))?;
-    let first = &first[..len];
+    let first_len = file.read_at(&mut first, 0).with_context(|| format!("cannot read {}", shown(path)))?;
+    let first = &first[..first_len];
     let running = path == Path::new("/proc/kcore");
     let Opened { memory, holds, data } = match () {
-        () if first.starts_with(&unpack::ZSTD) => {
+        () if unpack::is_packed(first) => {
             let (file, len) =
                 unpack::unpack(file).with_context(|| format!("cannot unpack {}", shown(path)))?;
             of_file(file, len).with_context(|| format!("cannot read what is in {}", shown(path)))?
@@ -43,20 +43,21 @@ pub(super) fn open(text: &str, path: &str, fdt: Option<u64>) -> anyhow::Result<S
             "{} is a compressed dump of makedumpfile's: have it written as ELF (makedumpfile -E)",
             shown(path)
         ),
-        () => {
-            let len = file.metadata().with_context(|| format!("cannot look at {}", shown(path)))?.len();
-            of_file(file, len).with_context(|| format!("cannot read {}", shown(path)))?
-        }
+        () => of_file(file, len).with_context(|| format!("cannot read {}", shown(path)))?,
     };
     let mut told = Told { kind: "memory", name: text.to_owned(), holds, notes: Vec::new() };
-    let options = Options { running, partial: false };
-    if running {
-        told.notes.push(
-            "it is the memory of the kernel that runs here: what it changes meanwhile may be seen half"
-                .to_owned(),
-        );
-    }
-    let address = match fdt {
+    let options = Options { running: running || hints.booted, partial: false };
+    told.notes.push(
+        match (running, hints.booted) {
+            (true, _) => "it is the memory of the kernel that runs here: what it changes meanwhile may be seen half",
+            (false, true) => "the kernel in it had read its state: it uses much of that memory for other things",
+            (false, false) => {
+                "it is judged as of the instant of a kexec: of a kernel that has booted further, as that of a crash, say --booted"
+            }
+        }
+        .to_owned(),
+    );
+    let address = match hints.fdt {
         Some(address) => address,
         None => find(memory.as_ref(), data, options, &mut told)?,
     };
@@ -74,11 +75,17 @@ fn of_file(file: File, len: u64) -> anyhow::Result<Opened> {
     let mut magic = [0; 4];
     if file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF" {
         let core = elf::Core::open(file)?;
-        let holds = format!(
+        let mut holds = format!(
             "an ELF core: {} of memory in {} segments",
             crate::size::show(core.len_bytes()),
             core.segments()
         );
+        if core.missing_bytes() > 0 {
+            holds += &format!(
+                "; it is cut short: {} that its headers tell of are not in it",
+                crate::size::show(core.missing_bytes())
+            );
+        }
         return Ok(Opened { data: core.runs(), memory: Box::new(core), holds });
     }
     if len < PAGE_BYTES as u64 {
@@ -92,37 +99,12 @@ fn of_file(file: File, len: u64) -> anyhow::Result<Opened> {
 /// The root FDT, among all pages that look like one.
 fn find(memory: &dyn Memory, data: Vec<PageRange>, options: Options, told: &mut Told) -> anyhow::Result<u64> {
     let found = search::search(memory, data);
-    let best = found.candidates.iter().copied().max_by_key(|address| {
-        let survey = Survey::read(&memory, &Root::Fdt(*address), options);
-        let errors = survey.findings.len();
-        let tree = survey.kho.and_then(|kho| kho.preserved_bytes).is_some_and(|bytes| bytes > 0);
-        // What the boot loader of the next kernel names is it, if it holds anything.
-        (tree, found.named.contains(address), survey.luo.is_some(), std::cmp::Reverse(errors))
-    });
-    let Some(best) = best else {
+    let Some(choice) = candidates::choose(memory, &found, options) else {
         bail!(
             "there is no root FDT of Kexec Handover in it: no page begins with a device tree of kho-v1 or later; if you know \
              that there is, --fdt-address says where"
         );
     };
-    let mut page = vec![0; PAGE_BYTES];
-    let version = memory.read(best, &mut page).ok().and_then(|()| fdt::compatible(&page));
-    let version = version.map(|version| version.escape_ascii().to_string()).unwrap_or_default();
-    told.notes.push(format!("the root FDT was found by a search, at {best:#x} ({version})"));
-    if found.named.contains(&best) {
-        told.notes.push("the parameters of a kernel that is booted name it".to_owned());
-    }
-    let others: Vec<String> = found
-        .candidates
-        .iter()
-        .filter(|address| **address != best)
-        .map(|address| format!("{address:#x}"))
-        .collect();
-    if !others.is_empty() {
-        told.notes.push(format!(
-            "other pages look like a root FDT, too, and say less or are broken: {}; --fdt-address has one of them read",
-            others.join(", ")
-        ));
-    }
-    Ok(best)
+    told.notes.extend(choice.notes);
+    Ok(choice.address)
 }

@@ -1,14 +1,23 @@
 //! Where a state is read from.
 
 mod arena;
+mod candidates;
 mod debugfs;
 mod elf;
 mod image;
 mod search;
 mod unpack;
 
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
 use abi::Memory;
+use anyhow::Context as _;
 use anyhow::bail;
+use rustix::fs::OFlags;
+use rustix::fs::SeekFrom;
 use serde::Serialize;
 use survey::Options;
 use survey::Root;
@@ -36,11 +45,42 @@ pub(crate) struct Told {
     pub(crate) notes: Vec<String>,
 }
 
+/// What is told of a source by who names it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Hints {
+    /// The address of the root FDT.
+    pub(crate) fdt: Option<u64>,
+    /// The kernel in it had read its state, and ran.
+    pub(crate) booted: bool,
+}
+
+/// Opens a file that can be read by offset, and gives its length. Nothing else is waited for or read without end.
+fn open_file(path: &Path) -> anyhow::Result<(File, u64)> {
+    if path.as_os_str().is_empty() {
+        bail!("no file is named");
+    }
+    let cannot = |what: &str| format!("cannot {what} {}", arena::shown(path));
+    // A pipe would be waited for.
+    let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+    let file =
+        File::options().read(true).custom_flags(nonblocking).open(path).with_context(|| cannot("open"))?;
+    let metadata = file.metadata().with_context(|| cannot("look at"))?;
+    match metadata.file_type() {
+        kind if kind.is_file() => Ok((file, metadata.len())),
+        kind if kind.is_block_device() => {
+            let len =
+                rustix::fs::seek(&file, SeekFrom::End(0)).with_context(|| cannot("tell the length of"))?;
+            Ok((file, len))
+        }
+        _ => bail!("{} is no file that memory could be in", arena::shown(path)),
+    }
+}
+
 impl Source {
-    /// Opens the source that a text names. `fdt` is the address of the root FDT, if it was given.
-    pub(crate) fn open(text: &str, fdt: Option<u64>) -> anyhow::Result<Self> {
+    /// Opens the source that a text names.
+    pub(crate) fn open(text: &str, hints: Hints) -> anyhow::Result<Self> {
         let source = match text.split_once(':') {
-            Some(("memory", path)) => return image::open(text, path, fdt),
+            Some(("memory", path)) => return image::open(text, path, hints),
             Some(("arena", path)) => arena::open(text, path),
             Some(("debugfs", path)) => debugfs::open(text, path),
             Some((other, _)) => bail!(
@@ -49,8 +89,11 @@ impl Source {
             ),
             None => arena::of_machine(text),
         };
-        if fdt.is_some() {
+        if hints.fdt.is_some() {
             bail!("--fdt-address is for memory:FILE: of every other source it is known where it begins");
+        }
+        if hints.booted {
+            bail!("--booted is for memory:FILE: of every other source it is known what may be stale");
         }
         source
     }

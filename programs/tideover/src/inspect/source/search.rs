@@ -10,8 +10,10 @@ use super::unpack::Patience;
 
 /// How much is looked at at a time.
 const CHUNK: usize = 1 << 20;
-/// Candidates that are looked at further.
-const MOST: usize = 16;
+/// Candidates whose addresses are kept. The others are counted.
+const MOST: usize = 1 << 16;
+/// Addresses that are kept of what boot parameters name.
+const MOST_NAMED: usize = 16;
 /// Type and length of the node by which a boot loader on x86 tells the next kernel of the root FDT.
 const SETUP_DATA: [u32; 2] = [10, 32];
 
@@ -20,6 +22,8 @@ const SETUP_DATA: [u32; 2] = [10, 32];
 pub(super) struct Found {
     /// Addresses of pages that begin with a device tree of some version of Kexec Handover.
     pub(super) candidates: Vec<u64>,
+    /// How many there are.
+    pub(super) count: u64,
     /// Addresses that the parameters of a kernel name as one.
     pub(super) named: Vec<u64>,
 }
@@ -60,8 +64,11 @@ fn look(at: u64, part: &[u8], found: &mut Found) {
     for (page, address) in part.chunks(PAGE_BYTES).zip((at..).step_by(PAGE_BYTES)) {
         let magic = page.starts_with(&fdt::MAGIC.to_be_bytes());
         let is_root = magic && fdt::compatible(page).is_some_and(|name| name.starts_with(b"kho-v"));
-        if is_root && found.candidates.len() < MOST {
-            found.candidates.push(address);
+        if is_root {
+            found.count += 1;
+            if found.candidates.len() < MOST {
+                found.candidates.push(address);
+            }
         }
         name(page, found);
     }
@@ -77,7 +84,7 @@ fn name(page: &[u8], found: &mut Found) {
             Some(u64::from_le_bytes(*bytes))
         };
         if let (Some(address), Some(PAGE_SIZE)) = (number(8), number(16))
-            && found.named.len() < MOST
+            && found.named.len() < MOST_NAMED
         {
             found.named.push(address);
         }
