@@ -21,14 +21,20 @@ pub(super) fn write(path: &Path, report: &Report<'_>, source: &str) -> anyhow::R
 
 fn with_page<T>(
     report: &Report<'_>,
-    source: &str,
+    name: &str,
     act: impl FnOnce(&Page<'_>) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
     let mut data = Vec::new();
     json::write(&mut data, report)?;
     let data = String::from_utf8(data)?;
-    let body = format!("<h1>What is handed over</h1>\n<p class=soft>{}</p>\n{BODY}", page::escape(source));
-    let title = format!("{source}: what is handed over");
+    let notes =
+        [&report.source.holds].into_iter().chain(&report.source.notes).filter(|note| !note.is_empty());
+    let notes: String = notes.map(|note| format!("<li>{}</li>", page::escape(note))).collect();
+    let source = page::escape(name);
+    let body = format!(
+        "<h1>What is handed over</h1>\n<p class=soft>{source}</p>\n<ul class=soft>{notes}</ul>\n{BODY}"
+    );
+    let title = format!("{name}: what is handed over");
     act(&Page { title: &title, style: STYLE, script: Some(SCRIPT), data: Some(&data), body: &body })
 }
 
@@ -40,7 +46,8 @@ mod tests {
     use crate::inspect::source::Told;
 
     fn page(survey: &Survey, source: &str) -> String {
-        let told = Told { kind: "memory", name: source.to_owned(), holds: String::new(), notes: Vec::new() };
+        let notes = vec![source.to_owned()];
+        let told = Told { kind: "memory", name: source.to_owned(), holds: String::new(), notes };
         let report = Report { source: &told, survey, folios: None };
         with_page(&report, source, |page| Ok(page.html())).unwrap()
     }
