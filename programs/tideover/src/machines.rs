@@ -23,6 +23,8 @@ const SOCKET: &str = ".sock";
 const ACCEPT: Duration = Duration::from_secs(5);
 /// As long as a session's name, and short enough for a socket's file.
 const MAX_NAME: usize = 63;
+/// The flag of a socket that listens, in /proc/net/unix.
+const LISTENS: &str = "00010000";
 
 /// There is no machine of this name.
 #[derive(Debug, Error)]
@@ -97,6 +99,30 @@ pub(crate) fn connect(name: &str) -> anyhow::Result<Client> {
     };
     channel.require_same_user().with_context(|| format!("the VMM of {name} is not to be trusted"))?;
     Ok(Client::new(channel))
+}
+
+/// The process that listens for a machine, if it is one that may be looked at.
+///
+/// A socket is bound by way of its directory's descriptor, so the kernel tells the end of its path alone. Whoever listens has
+/// the directory open as well.
+pub(crate) fn process(name: &str) -> Option<u32> {
+    let directory = std::fs::canonicalize(directory()).ok()?;
+    let end = format!("/{name}{SOCKET}");
+    let table = std::fs::read_to_string("/proc/net/unix").ok()?;
+    let sockets = table.lines().filter_map(|line| {
+        // Slot, references, protocol, flags, type, state, inode; then the path.
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, _, LISTENS, _, _, inode, .., path] = fields[..] else { return None };
+        path.ends_with(&end).then(|| PathBuf::from(format!("socket:[{inode}]")))
+    });
+    let sockets: Vec<PathBuf> = sockets.collect();
+    let processes = std::fs::read_dir("/proc").ok()?;
+    let numbers = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    numbers.into_iter().find(|pid: &u32| {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let open: Vec<PathBuf> = files.filter_map(|file| std::fs::read_link(file.path()).ok()).collect();
+        open.contains(&directory) && sockets.iter().any(|socket| open.contains(socket))
+    })
 }
 
 /// Names of all machines, also of those whose VMM has died: their sockets are still there.

@@ -49,7 +49,8 @@ pub(crate) fn report(arguments: &cli::Report) -> anyhow::Result<ExitCode> {
             Ok(of) => done.extend(of),
             Err(error) if arguments.name.is_some() => return Err(error),
             // It is dead: there is nobody to ask.
-            Err(_) => {}
+            Err(error) if error.is::<machines::NoMachine>() => {}
+            Err(error) => complain!("tideover: left out: {error:#}"),
         }
     }
     match &arguments.html {
@@ -61,8 +62,9 @@ pub(crate) fn report(arguments: &cli::Report) -> anyhow::Result<ExitCode> {
 
 /// The last kexec of a machine, and the last update after it.
 fn of_machine(name: &str) -> anyhow::Result<Vec<Done>> {
-    let client = machines::connect(name)?;
-    let kexec = match verbs::ask(&client, &Request::Report)? {
+    let client = verbs::connect_to_look(name)?;
+    let answer = verbs::ask(&client, &Request::Report);
+    let kexec = match answer.map_err(|error| verbs::explain_silence(name, error))? {
         Answer::Report(report) => report.map(Done::Kexec),
         Answer::Held(_) => return Ok(Vec::new()),
         other => bail!("unexpected answer to report: {other:?}"),

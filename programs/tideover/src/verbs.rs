@@ -27,11 +27,13 @@ use ::vmm::control::UpdateOutcome;
 use ::vmm::control::UpdateReport;
 use ::vmm::control::UpdateRequest;
 use anyhow::Context as _;
+use anyhow::anyhow;
 use anyhow::bail;
 use comfy_table::Table;
 use comfy_table::presets;
 use fdpass::Deadline;
 use fdpass::Pidfd;
+use fdpass::ReceiveError;
 use serde_json::json;
 use socket::Program;
 use socket::Timeouts;
@@ -53,6 +55,8 @@ const CALLED_OFF: u8 = 4;
 const CRASHED: u8 = 5;
 /// How long a VMM may take to say how it is, before it counts as busy.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long a VMM may take to answer who asks about its machine alone.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Writes a result to standard output.
 pub(crate) fn say(text: &str) -> anyhow::Result<()> {
@@ -61,6 +65,34 @@ pub(crate) fn say(text: &str) -> anyhow::Result<()> {
 
 pub(crate) fn say_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     say(&(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+/// Connects to a machine to look at it, not to change it: that takes no longer than a moment.
+pub(crate) fn connect_to_look(name: &str) -> anyhow::Result<Client> {
+    Ok(machines::connect(name)?.with_patience(PATIENCE))
+}
+
+/// Says of a VMM that did not answer in time what may be the matter.
+pub(crate) fn explain_silence(name: &str, error: anyhow::Error) -> anyhow::Error {
+    let late =
+        error.downcast_ref::<ReceiveError>().is_some_and(|error| matches!(error, ReceiveError::TimedOut));
+    if !late {
+        return error;
+    }
+    let (process, pid) = match machines::process(name) {
+        Some(pid) => (format!("process {pid}"), pid.to_string()),
+        None => ("its process is not known".to_owned(), "PID".to_owned()),
+    };
+    anyhow!(
+        "{name}: its VMM ({process}) does not answer within {} s: is it stopped? `kill -CONT {pid}` has it go on. If it is \
+         busy, as with an update, try again later",
+        PATIENCE.as_secs()
+    )
+}
+
+/// As [`ask_status`], of who only looks.
+pub(crate) fn status_to_look(name: &str) -> anyhow::Result<Status> {
+    ask_status(&connect_to_look(name)?).map_err(|error| explain_silence(name, error))
 }
 
 pub(crate) fn ask(client: &Client, request: &Request) -> anyhow::Result<Answer> {
@@ -287,7 +319,8 @@ pub(crate) fn silence(error: &anyhow::Error) -> &'static str {
 
 pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
     let machine = &arguments.machine;
-    let status = match look(&machines::connect(&machine.name)?)? {
+    let client = connect_to_look(&machine.name)?;
+    let status = match look(&client).map_err(|error| explain_silence(&machine.name, error))? {
         Look::Status(status) => status,
         Look::Held(machine) if arguments.machine.json => {
             say_json(&held_json(&machine))?;

@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 
+use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::kill_process;
 
@@ -105,4 +106,26 @@ fn top_on_a_terminal_is_drawn_anew_until_a_key_or_a_signal_and_leaves_it_as_it_w
         top.await_text("\u{1b}[?1049l");
         top.assert_ends(128 + number);
     }
+}
+
+#[test]
+fn a_vmm_that_is_stopped_is_named_by_who_only_looks() {
+    let host = Host::new();
+    host.run("web1");
+    host.update("web1", "socket");
+    let number = host.json(&["status", "web1"])["pid"].as_i64().unwrap();
+    let pid = Pid::from_raw(i32::try_from(number).unwrap()).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    let said: Vec<_> = ["status", "report", "inspect"]
+        .into_iter()
+        .map(|verb| (verb, host.tideover(&[verb, "web1"])))
+        .collect();
+    // Before anything fails: it is to end with this test.
+    kill_process(pid, Signal::CONT).unwrap();
+    for (verb, output) in said {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let wanted = format!("web1: its VMM (process {number}) does not answer within 5 s: is it stopped?");
+        assert!(output.status.code() == Some(1) && text.contains(&wanted), "{verb}: {text}");
+    }
+    assert_eq!(host.json(&["status", "web1"])["state"], "running");
 }

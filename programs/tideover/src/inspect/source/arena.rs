@@ -21,7 +21,6 @@ use survey::Root;
 
 use super::Source;
 use super::Told;
-use crate::machines;
 use crate::verbs;
 
 /// A file whose bytes are memory from address 0 on.
@@ -95,7 +94,7 @@ fn source(kind: &'static str, text: &str, memory: Flat, notes: Vec<String>) -> S
 
 /// Region 0 of a machine that runs, among what its VMM has open.
 pub(super) fn of_machine(name: &str) -> anyhow::Result<Source> {
-    let status = verbs::ask_status(&machines::connect(name)?)?;
+    let status = verbs::status_to_look(name)?;
     let path = region0(&status)?;
     let memory = Flat::open(&path)?;
     let note =
