@@ -289,7 +289,7 @@ pub(crate) struct Rehearse {
 pub(crate) struct Report {
     /// The machine; all of them if there is none.
     pub(crate) name: Option<String>,
-    /// Write a page for a browser, which needs nothing else.
+    /// Write a page for a browser, which needs nothing else. Where there is nothing to report, none is written.
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     pub(crate) html: Option<PathBuf>,
     /// Give the reports as a list in JSON (schema: docs/report.schema.json).

@@ -54,6 +54,9 @@ pub(crate) fn report(arguments: &cli::Report) -> anyhow::Result<ExitCode> {
         }
     }
     match &arguments.html {
+        Some(path) if done.is_empty() => {
+            complain!("tideover: there is nothing to report: {} is not written", path.display());
+        }
         Some(path) => page(&done).write(path)?,
         None => say(&done, arguments.json)?,
     }
@@ -131,12 +134,7 @@ fn page(done: &[Done]) -> FilePage {
             page::escape(name)
         )
     };
-    let none =
-        if done.is_empty() { "<p>No machine has been updated or has come through a kexec.</p>" } else { "" };
-    FilePage(format!(
-        "<h1>Tideover: what it took</h1>\n{none}{}",
-        done.iter().map(section).collect::<String>()
-    ))
+    FilePage(format!("<h1>Tideover: what it took</h1>\n{}", done.iter().map(section).collect::<String>()))
 }
 
 /// The body of a page.

@@ -70,6 +70,19 @@ fn a_report_is_shown_with_bars_and_as_a_page() {
 }
 
 #[test]
+fn where_there_is_nothing_to_report_no_page_is_written_and_that_is_said() {
+    let host = Host::new();
+    host.run("web1");
+    let page = host.directory.join("page.html");
+    let path = page.to_str().unwrap();
+    for arguments in [&["report", "web1", "--html", path][..], &["report", "--html", path]] {
+        let said = host.fails(0, arguments);
+        assert!(said.contains("there is nothing to report") && said.contains(path), "{said}");
+        assert!(!page.exists(), "{arguments:?}");
+    }
+}
+
+#[test]
 fn top_shows_the_machines_once_where_there_is_no_terminal() {
     let host = Host::new();
     host.run("web1");
