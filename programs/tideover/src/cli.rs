@@ -46,6 +46,11 @@ Exit code: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if there is
 a kexec was called off and the guests run on as before, 5 if the guest crashed, 6 if a machine came through a kexec and is
 held, as it could not run.";
 
+/// How a verb ends that looks at machines, and changes none.
+fn after_look(codes: &str, example: &str) -> String {
+    format!("Exit code: 0 if it was done, 1 if not, 2 for a wrong command line{codes}.\n\nExample: {example}")
+}
+
 fn after(example: &str) -> String {
     format!("{EXIT_CODES}\n\nExample: {example}")
 }
@@ -133,7 +138,7 @@ pub(crate) struct Hardware {
 
 /// Lists the machines of this user.
 #[derive(Debug, Args)]
-#[command(after_help = after("tideover ls --json | jq -r '.[].name'"))]
+#[command(after_help = after_look("", "tideover ls --json | jq -r '.[].name'"))]
 pub(crate) struct Ls {
     /// Give the list as JSON: the fields of `status`, and `name` and `state` alone of a machine that does not answer.
     #[arg(long)]
@@ -142,7 +147,7 @@ pub(crate) struct Ls {
 
 /// Says how a machine is.
 #[derive(Debug, Args)]
-#[command(after_help = after("tideover status web1"))]
+#[command(after_help = after_look(", 3 if there is no such machine", "tideover status web1"))]
 pub(crate) struct Status {
     #[command(flatten)]
     pub(crate) machine: Machine,
@@ -283,7 +288,7 @@ pub(crate) struct Rehearse {
 /// Says what the last kexec and the last update after it took of each machine: its pause, part by part, with a bar for each that
 /// begins where the one before it ends; and what a kexec did to the guest's clock.
 #[derive(Debug, Args)]
-#[command(after_help = after("tideover report
+#[command(after_help = after_look(", 0 too if there is nothing to report, 3 if there is no such machine", "tideover report
     tideover report web1 --html web1.html
     tideover report web1 --json"))]
 pub(crate) struct Report {
@@ -300,10 +305,8 @@ pub(crate) struct Report {
 /// Shows the machines of this user, each second anew: what they do, how long they stood still last, and whether their memory is
 /// frozen. `q` ends it.
 #[derive(Debug, Args)]
-#[command(after_help = after("tideover top
-    tideover top --once --json | jq -r '.[] | select(.state != \"running\").name'
-
-Exit code besides: 128 and the number of a signal that ended it."))]
+#[command(after_help = after_look(", 128 and the number of a signal that ended it", "tideover top
+    tideover top --once --json | jq -r '.[] | select(.state != \"running\").name'"))]
 pub(crate) struct Top {
     /// Show them once. So it is where standard input and output are no terminal, too.
     #[arg(long)]

@@ -49,6 +49,7 @@ pub(crate) fn top(arguments: &cli::Top) -> anyhow::Result<ExitCode> {
     let seen = verbs::see()?;
     match arguments.json {
         true => verbs::say_json(&verbs::list(&seen)?)?,
+        false if seen.is_empty() => verbs::say_none(),
         false => verbs::say(&format!("{}\n", shown(&seen)))?,
     }
     Ok(ExitCode::SUCCESS)

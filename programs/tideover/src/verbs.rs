@@ -285,7 +285,7 @@ pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if found.is_empty() {
-        complain!("tideover: no machines in {}", machines::directory().display());
+        say_none();
         return Ok(ExitCode::SUCCESS);
     }
     let mut shown = Table::new();
@@ -310,6 +310,11 @@ pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
     }
     say(&format!("{shown}\n"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says that there are no machines.
+pub(crate) fn say_none() {
+    complain!("tideover: no machines in {}", machines::directory().display());
 }
 
 /// What a machine is that does not answer.

@@ -142,3 +142,27 @@ fn a_vmm_that_is_stopped_is_named_by_who_only_looks() {
     }
     assert_eq!(host.json(&["status", "web1"])["state"], "running");
 }
+
+#[test]
+fn top_says_where_there_are_no_machines() {
+    let host = Host::new();
+    let output = host.tideover(&["top", "--once"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+    assert!(said.contains("no machines in") && said.contains(host.directory.to_str().unwrap()), "{said}");
+    assert_eq!(host.json(&["top", "--once"]), serde_json::json!([]));
+}
+
+#[test]
+fn the_help_of_a_verb_that_only_looks_lists_no_exit_code_of_one_that_changes() {
+    let host = Host::new();
+    for verb in ["ls", "status", "report", "top"] {
+        let help = String::from_utf8(host.tideover(&[verb, "--help"]).stdout).unwrap();
+        let codes = help.lines().find(|line| line.contains("Exit code:")).unwrap();
+        assert!(codes.contains("2 for a wrong command line"), "{verb}: {help}");
+        assert!(
+            !help.contains("called off") && !help.contains("crashed") && !help.contains("held"),
+            "{verb}: {help}"
+        );
+    }
+}
