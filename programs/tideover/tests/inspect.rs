@@ -384,7 +384,7 @@ fn two_states_are_compared() {
     assert_eq!((&diff["same"], &diff["changed"]), (&false.into(), &serde_json::json!([])));
     assert_eq!(compare(&before, &before)["same"], true);
     assert!(text(&["--diff", &before, &after]).contains("came\n│  └─ session busy-session"));
-    assert_eq!(tideover(&["inspect", &before, &after]).status.code(), Some(1));
+    assert_eq!(tideover(&["inspect", &before, &after]).status.code(), Some(2));
 }
 
 #[test]
@@ -398,7 +398,6 @@ fn what_is_no_state_is_told_of() {
         (format!("memory:{short}"), "no memory of a machine"),
         (format!("memory:{dump}"), "makedumpfile"),
         (format!("memory:{none}-not"), "cannot open"),
-        ("what:x".to_owned(), "no kind of source"),
         (format!("debugfs:{}", folder.0.display()), "has no fdt"),
     ] {
         let output = tideover(&["inspect", &source]);
@@ -442,4 +441,22 @@ fn a_machine_breaks_no_rule_before_and_after_its_seal() {
     assert_eq!((&state["checksum_right"], &state["list"]["total_pages"]), (&true.into(), &600.into()));
     assert_eq!(state["epoch"], after["arena"]["ownership"]["epoch"]);
     assert_eq!(state["list"]["chunks"], 2);
+}
+
+#[test]
+fn a_wrong_command_line_is_told_from_a_source_that_cannot_be_read() {
+    let wrong: [(&[&str], &str); 6] = [
+        (&["--diff", "arena:/absent"], "--diff compares two sources"),
+        (&["arena:/absent", "arena:/absent"], "two sources are for --diff"),
+        (&["foo:bar"], "`foo` is no kind of source"),
+        (&[""], "not empty"),
+        (&["web1", "--fdt-address", "0x1000"], "--fdt-address is for memory:FILE"),
+        (&["arena:/absent", "--fdt-address", "0x1000"], "--fdt-address is for memory:FILE"),
+    ];
+    for (arguments, text) in wrong {
+        let output = tideover(&[&["inspect"], arguments].concat());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && said.contains(text), "{arguments:?}: {output:?}");
+    }
+    assert_eq!(tideover(&["inspect", "arena:/absent"]).status.code(), Some(1));
 }

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use abi::Memory;
 use anyhow::Context as _;
-use anyhow::bail;
+use clap::CommandFactory as _;
 use serde::Serialize;
 use serde::Serializer;
 use serde::ser::SerializeSeq as _;
@@ -50,17 +50,49 @@ pub(crate) fn address(text: &str) -> Result<u64, String> {
 }
 
 pub(crate) fn inspect(arguments: &cli::Inspect) -> anyhow::Result<ExitCode> {
+    check(arguments);
     let mut out = BufWriter::new(std::io::stdout().lock());
     let code = match (arguments.sources.as_slice(), arguments.diff) {
         ([source], false) => show(&mut out, arguments, source)?,
         ([from, to], true) => compare(&mut out, arguments, [from, to])?,
-        (_, true) => bail!("--diff compares two sources"),
-        _ => bail!("two sources are for --diff"),
+        (_, true) => wrong("--diff compares two sources"),
+        _ => wrong("two sources are for --diff"),
     };
     // Who reads no further, as `head`, has what he wants.
     match out.flush() {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write the result"),
         _ => Ok(code),
+    }
+}
+
+/// Ends this as a wrong command line does.
+fn wrong(text: impl std::fmt::Display) -> ! {
+    let mut command = cli::Cli::command();
+    command.build();
+    let verb = command.find_subcommand_mut("inspect");
+    let error = clap::error::ErrorKind::ValueValidation;
+    match verb {
+        Some(verb) => verb.error(error, text).exit(),
+        None => command.error(error, text).exit(),
+    }
+}
+
+/// Ends this if no source can be what was given.
+fn check(arguments: &cli::Inspect) {
+    for source in &arguments.sources {
+        let kind = source.split_once(':').map(|(kind, _)| kind);
+        if source.is_empty() {
+            wrong("a source is a machine's name, arena:PATH, debugfs:DIR or memory:FILE, and not empty");
+        }
+        if let Some(kind) = kind.filter(|kind| !["memory", "arena", "debugfs"].contains(kind)) {
+            wrong(format_args!(
+                "`{}` is no kind of source: a machine's name, arena:PATH, debugfs:DIR or memory:FILE",
+                kind.escape_debug()
+            ));
+        }
+        if arguments.fdt_address.is_some() && kind != Some("memory") {
+            wrong("--fdt-address is for memory:FILE: of every other source it is known where it begins");
+        }
     }
 }
 
