@@ -49,7 +49,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 20] = [
     Target { name: "arena", run: arena::header, seeds: arena::seeds },
     Target { name: "attach", run: arena::attach, seeds: arena::seeds },
     Target { name: "fdt", run: kernel::fdt, seeds: kernel::fdt_seeds },
@@ -59,6 +59,9 @@ pub const TARGETS: [Target; 17] = [
     Target { name: "memfd", run: kernel::memfd, seeds: kernel::memfd_seeds },
     Target { name: "kvm_vm", run: kernel::kvm_vm, seeds: kernel::kvm_vm_seeds },
     Target { name: "guest_memfd", run: kernel::guest_memfd, seeds: kernel::guest_memfd_seeds },
+    Target { name: "kexec_metadata", run: kernel::kexec_metadata, seeds: kernel::kexec_metadata_seeds },
+    Target { name: "memblock", run: kernel::memblock, seeds: kernel::memblock_seeds },
+    Target { name: "survey", run: arena::survey, seeds: arena::survey_seeds },
     Target { name: "gmem", run: records::gmem, seeds: records::gmem_seeds },
     Target { name: "regions", run: records::regions, seeds: records::regions_seeds },
     Target { name: "vm", run: records::vm, seeds: records::vm_seeds },

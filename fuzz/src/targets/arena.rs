@@ -1,6 +1,8 @@
 //! An arena: its first page, and the whole of it as a successor finds it.
 
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 
 use abi::Memory;
 use abi::MemoryMut;
@@ -24,8 +26,9 @@ use luo::SessionName;
 use luo::Token;
 use pages::PAGE_SIZE;
 use pages::PageRange;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use survey::Options;
+use survey::Root;
+use survey::Survey;
 
 use crate::memory::Pages;
 
@@ -155,6 +158,39 @@ fn handlers() -> Handlers {
     // There is no other.
     let _ = handlers.register(Paged);
     handlers
+}
+
+/// A state made out whole, past what is wrong with it, as `tideover inspect` does: from the arena, or from the root FDT alone as
+/// of a kernel. Of a running one, in parts, if the input says so.
+pub(crate) fn survey(input: &[u8]) -> bool {
+    let (flags, memory) = Pages::of(input);
+    let flag = |bit: u8| flags.rest() & bit != 0;
+    let root = match RootSlot::read(&memory) {
+        Ok(slot) if flag(1) => Root::Fdt(slot.fdt()),
+        _ if flag(2) => Root::Fdt(PAGE_SIZE),
+        _ => Root::Arena,
+    };
+    let survey = Survey::read(&memory, &root, Options { running: flag(4), partial: flag(8) });
+    let folios = survey::folios(&memory, &survey);
+    for session in survey.luo.iter().flat_map(|luo| &luo.sessions) {
+        for file in &session.files {
+            let mut count = 0u64;
+            folios.list(file, &mut |_| count += 1);
+            assert!(count <= 1 << 20, "no more folios than the lists in these pages can hold");
+        }
+    }
+    // What it gives is shown, whatever it is.
+    assert!(serde_json::to_string(&survey).is_ok_and(|json| json.len() < 16 << 20));
+    survey.kho.is_some_and(|kho| kho.preserved_bytes.is_some())
+}
+
+/// Arenas, and the same as states of a kernel.
+pub(crate) fn survey_seeds() -> Vec<Vec<u8>> {
+    let as_kernel = |mut seed: Vec<u8>| {
+        seed.iter_mut().take(1).for_each(|flags| *flags |= 1 << 1);
+        seed
+    };
+    seeds().into_iter().chain(seeds().into_iter().map(as_kernel)).collect()
 }
 
 /// Arenas as they are committed: without anything, with guest memory, with sessions.

@@ -9,6 +9,7 @@ use abi::flb::Flb;
 use abi::folio;
 use abi::folio::Folio;
 use abi::guest_memfd::GuestMemfd;
+use abi::kexec_metadata::KexecMetadata;
 use abi::kho::RootFdt;
 use abi::kho::Subtree;
 use abi::kho::SubtreeName;
@@ -21,6 +22,7 @@ use abi::luo::LuoSer;
 use abi::luo::Session;
 use abi::luo::SessionName;
 use abi::luo::SessionSer;
+use abi::memblock;
 use abi::memfd::Memfd;
 use abi::radix;
 use abi::radix::Found;
@@ -281,6 +283,44 @@ pub(crate) fn kvm_vm(input: &[u8]) -> bool {
 
 pub(crate) fn kvm_vm_seeds() -> Vec<Vec<u8>> {
     [0, 2].map(|vm_type| Pages::default().page(1, &KvmVm { vm_type }.encode()).blank(1..2).input(0)).to_vec()
+}
+
+/// What a kernel says of itself, at page 1; one in two is cut.
+pub(crate) fn kexec_metadata(input: &[u8]) -> bool {
+    let (flags, memory) = Pages::of(input);
+    let size = if flags.rest() & 1 == 0 { PAGE_SIZE } else { u64::from(flags.rest()) };
+    let Ok(metadata) = KexecMetadata::read(&memory, PAGE_SIZE, size) else { return false };
+    let bytes = metadata.encode();
+    let again = KexecMetadata::read(&Pages::default().page(1, &bytes), PAGE_SIZE, bytes.len() as u64);
+    assert_eq!(again, Ok(metadata), "what is written is read");
+    true
+}
+
+pub(crate) fn kexec_metadata_seeds() -> Vec<Vec<u8>> {
+    let seed = |release: &str| {
+        let metadata = KexecMetadata { previous_release: release.as_bytes().to_vec(), kexec_count: 3 };
+        Pages::default().page(1, &metadata.encode()).input(0)
+    };
+    vec![seed("7.3.4"), seed("")]
+}
+
+/// Reserved memory, as the bytes of its blob: both by who stops at a fault, and by who goes on.
+pub(crate) fn memblock(input: &[u8]) -> bool {
+    let memory = Pages::default().blank(1..2).page(1, input.get(..PAGE_BYTES).unwrap_or(input));
+    let size = input.len() as u64;
+    let strict = memblock::read_on(&memory, PAGE_SIZE, size, &mut Err);
+    let past = memblock::read_on(&memory, PAGE_SIZE, size, &mut |_| Ok(()));
+    assert!(
+        past.is_ok_and(|regions| regions.len() <= memblock::MAX_REGIONS),
+        "faults that do not stop it stop nothing"
+    );
+    strict.is_ok()
+}
+
+pub(crate) fn memblock_seeds() -> Vec<Vec<u8>> {
+    let region =
+        |name: &str| memblock::Region { name: name.as_bytes().to_vec(), start: 1 << 30, size: 1 << 20 };
+    vec![memblock::encode(&[region("trace")]), memblock::encode(&[region("a"), region("fifteen-letters")])]
 }
 
 /// A guest_memfd, at page 1.
