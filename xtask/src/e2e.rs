@@ -1,5 +1,6 @@
 //! `cargo xtask e2e`: the end-to-end cases, each in an emulated host whose kernel has /dev/liveupdate.
 
+mod capture;
 mod cases;
 mod disk;
 mod image;
@@ -53,6 +54,9 @@ pub(crate) struct Options {
     /// How long each case may take, in seconds, instead of what the list says.
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
+    /// Write the memory of a case's host, as it is when the kernel after the first prints its first line, for `tideover inspect`.
+    #[arg(long, value_name = "FILE")]
+    capture: Option<PathBuf>,
     /// Tell the cases something, as `updates=20`; may be given more than once. What a case knows stands in the list.
     #[arg(long, value_name = "NAME=VALUE", value_parser = parameter)]
     with: Vec<(String, String)>,
@@ -84,6 +88,11 @@ pub(crate) fn run(options: &Options) -> Verdict {
 
 fn run_all(options: &Options) -> Result<Tally> {
     let cases = chosen(options)?;
+    ensure!(
+        options.capture.is_none() || cases.len() == 1,
+        "--capture is for one case: {} are named",
+        cases.len()
+    );
     let (kernel, image) = match prepare(options)? {
         Ready::Yes { kernel, image } => (kernel, image),
         Ready::No(why) => {
@@ -168,6 +177,7 @@ fn run_case(case: &Case, kernel: &Path, image: &Path, patience: Duration, option
         case: case.name,
         parameters: case.parameters,
         with: &options.with,
+        capture: options.capture.as_deref(),
         verbose: options.verbose,
     };
     host.run(patience)

@@ -16,6 +16,8 @@ use anyhow::Context as _;
 use anyhow::Result;
 use anyhow::bail;
 
+use super::capture::Capture;
+
 /// How many of the last lines are shown of a host that failed.
 const LAST_LINES: usize = 30;
 
@@ -40,13 +42,18 @@ pub(crate) struct Host<'a> {
     pub(crate) parameters: &'a str,
     /// What the case is told besides.
     pub(crate) with: &'a [(String, String)],
+    /// Where its memory is written to at its kexec.
+    pub(crate) capture: Option<&'a Path>,
     pub(crate) verbose: bool,
 }
 
 impl Host<'_> {
     /// Boots it, and waits for what it says of its case.
     pub(crate) fn run(&self, patience: Duration) -> Result<()> {
-        let mut emulator = Emulator(self.command()?.spawn().context("qemu-system-x86_64 cannot be run")?);
+        let mut capture = self.capture.map(|to| Capture::new(to, self.memory_mib));
+        let mut command = self.command()?;
+        command.args(capture.iter().flat_map(Capture::arguments));
+        let mut emulator = Emulator(command.spawn().context("qemu-system-x86_64 cannot be run")?);
         let lines = emulator.lines()?;
         let until = Instant::now() + patience;
         let mut said: Vec<String> = Vec::new();
@@ -59,8 +66,11 @@ impl Host<'_> {
             if self.verbose {
                 println!("    {line}");
             }
+            if let Some(capture) = &mut capture {
+                capture.hear(&line)?;
+            }
             match line.strip_prefix("e2e: ") {
-                Some("passed") => return Ok(()),
+                Some("passed") => return capture.map_or(Ok(()), |capture| capture.check()),
                 Some(failed) if failed.starts_with("FAILED ") => bail!("{}{}", &failed[7..], last(&said)),
                 _ => said.push(line),
             }

@@ -85,6 +85,7 @@ fn name(page: &[u8], found: &mut Found) {
         };
         if let (Some(address), Some(PAGE_SIZE)) = (number(8), number(16))
             && found.named.len() < MOST_NAMED
+            && !found.named.contains(&address)
         {
             found.named.push(address);
         }
