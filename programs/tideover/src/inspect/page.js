@@ -22,7 +22,7 @@ function size(bytes) {
 }
 // Addresses beyond 2^53 are off by a few bytes here: the JSON has them as they are.
 const hex = (number) => "0x" + number.toString(16);
-const isAddress = (key) => /(^|_)(address|data|first|lowest|highest|pfn)$/.test(key);
+const isAddress = (key) => /(^|_)(address|data|first|lowest|highest|pfn|blocks #[0-9]+)$/.test(key);
 const isSize = (key) => /(^|_)bytes$|^size$/.test(key);
 
 function value(key, it) {
@@ -160,16 +160,16 @@ function branch(place, key, it) {
   }
   const node = make("details");
   node.append(make("summary", title(key, it)));
-  node.addEventListener("toggle", () => fill(node, it), { once: true });
+  node.addEventListener("toggle", () => fill(node, key, it), { once: true });
   place.append(node);
 }
 
 const EACH = 200;
-function fill(node, it, from = 0) {
+function fill(node, name, it, from = 0) {
   const parts = Object.entries(it);
   const numbered = Array.isArray(it);
-  for (const [key, part] of parts.slice(from, from + EACH)) branch(node, numbered ? "#" + key : key, part);
-  if (parts.length > from + EACH) more(node, parts.length - from - EACH, () => fill(node, it, from + EACH));
+  for (const [key, part] of parts.slice(from, from + EACH)) branch(node, numbered ? (typeof part === "number" ? name + " #" : "#") + key : key, part);
+  if (parts.length > from + EACH) more(node, parts.length - from - EACH, () => fill(node, name, it, from + EACH));
 }
 
 function tree() {
