@@ -1,4 +1,4 @@
-//! The folios of a file, as the kernel lists them behind a [vmalloc](crate::vmalloc) descriptor.
+//! The folios of a file, as the kernel lists them behind a [`vmalloc`] descriptor.
 //!
 //! 16 bytes each: a word of the page frame number (52 bits) and flags (12 bits), and a word of the page's index in the
 //! file. What the flags say differs from format to format. A folio's order is not in the list.
