@@ -96,10 +96,7 @@ pub fn read_on(
     on_fault: &mut OnFault<'_>,
 ) -> Result<Vec<Flb>, Malformed> {
     let place = Place::new(FORMAT, address);
-    let header: FlbHeader = match place.get(memory) {
-        Ok(header) => header,
-        Err(fault) => return on_fault(fault).map(|()| Vec::new()),
-    };
+    let Some(header) = place.get_on::<FlbHeader>(memory, on_fault)? else { return Ok(Vec::new()) };
     place.expect("pgcnt", header.pages.get(), 1).or_else(&mut *on_fault)?;
     let found = header.count.get();
     let Some(count) = usize::try_from(found).ok().filter(|count| *count <= MAX) else {

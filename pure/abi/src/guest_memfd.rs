@@ -100,10 +100,7 @@ impl GuestMemfd {
         on_fault: &mut OnFault<'_>,
     ) -> Result<Option<GuestMemfdSer>, Malformed> {
         let place = Place::new(COMPATIBLE, address);
-        let ser: GuestMemfdSer = match place.get(memory) {
-            Ok(ser) => ser,
-            Err(fault) => return on_fault(fault).map(|()| None),
-        };
+        let Some(ser) = place.get_on::<GuestMemfdSer>(memory, on_fault)? else { return Ok(None) };
         check(place, &ser, on_fault)?;
         let rules = rules(ser.size.get(), order);
         folio::walk_on(memory, place, (ser.nr_folios.get(), &ser.folios), &rules, visit, on_fault)?;

@@ -119,10 +119,7 @@ impl Memfd {
         on_fault: &mut OnFault<'_>,
     ) -> Result<Option<MemfdSer>, Malformed> {
         let place = Place::new(COMPATIBLE, address);
-        let ser: MemfdSer = match place.get(memory) {
-            Ok(ser) => ser,
-            Err(fault) => return on_fault(fault).map(|()| None),
-        };
+        let Some(ser) = place.get_on::<MemfdSer>(memory, on_fault)? else { return Ok(None) };
         check(place, &ser, on_fault)?;
         let rules = rules(ser.size.get(), order);
         folio::walk_on(memory, place, (ser.nr_folios.get(), &ser.folios), &rules, visit, on_fault)?;
@@ -141,10 +138,7 @@ impl Memfd {
         on_fault: &mut OnFault<'_>,
     ) -> Result<Option<MemfdSer1>, Malformed> {
         let place = Place::new(COMPATIBLE_V1, address);
-        let ser: MemfdSer1 = match place.get(memory) {
-            Ok(ser) => ser,
-            Err(fault) => return on_fault(fault).map(|()| None),
-        };
+        let Some(ser) = place.get_on::<MemfdSer1>(memory, on_fault)? else { return Ok(None) };
         let rules = rules(ser.size.get(), order);
         folio::walk_on(memory, place, (ser.nr_folios.get(), &ser.folios), &rules, visit, on_fault)?;
         Ok(Some(ser))

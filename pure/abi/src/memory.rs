@@ -199,6 +199,18 @@ impl Place {
         Ok(value)
     }
 
+    /// The same, or none where `on_fault` goes on though nothing can be read here.
+    pub(crate) fn get_on<T: FromBytes + IntoBytes>(
+        self,
+        memory: &(impl Memory + ?Sized),
+        on_fault: &mut OnFault<'_>,
+    ) -> Result<Option<T>, Malformed> {
+        match self.get(memory) {
+            Ok(value) => Ok(Some(value)),
+            Err(fault) => on_fault(fault).map(|()| None),
+        }
+    }
+
     /// An address that must be a page's.
     pub(crate) fn page_address(self, field: &'static str, found: u64) -> Result<u64, Malformed> {
         match found {
