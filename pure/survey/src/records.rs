@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 use abi::Malformed;
 use abi::Memory;
 use abi::NoMemory;
+use abi::OnFault;
 use abi::foreign;
 use abi::foreign::FdRecord;
 use abi::gmem;
@@ -30,6 +31,7 @@ use crate::model::Label;
 use crate::model::List;
 use crate::model::Name;
 use crate::read::Context;
+use crate::view::View;
 
 type Reader<M> = fn(&mut Context<'_, M>, &str, &mut File) -> bool;
 
@@ -50,15 +52,15 @@ pub(crate) fn reader<M: Memory>(handler: &str) -> Option<Reader<M>> {
 }
 
 /// Reads a record by one of our decoders, whose faults become findings, and claims its pages.
-fn record<M: Memory, T>(
-    context: &mut Context<'_, M>,
+fn record<'a, M: Memory, T>(
+    context: &mut Context<'a, M>,
     label: &str,
     file: &File,
     format: &Format,
-    read: impl FnOnce(&mut dyn FnMut(Malformed) -> Result<(), Malformed>) -> Result<T, Malformed>,
+    read: impl FnOnce(&View<'a, M>, u64, &mut OnFault<'_>) -> Result<T, Malformed>,
 ) -> Option<T> {
     let mut faults = Vec::new();
-    let result = read(&mut |fault| {
+    let result = read(&context.view, file.data, &mut |fault| {
         faults.push(fault);
         Ok(())
     });
@@ -86,11 +88,7 @@ fn identify<M>(context: &mut Context<'_, M>, label: &str, file: &mut File, ident
 }
 
 fn guest_memory<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) -> bool {
-    let memory = context.view.clone();
-    let read = |on_fault: &mut dyn FnMut(Malformed) -> Result<(), Malformed>| {
-        GmemRecord::read_on(&memory, file.data, on_fault)
-    };
-    let Some(found) = record(context, label, file, &gmem::FORMAT, read) else { return false };
+    let Some(found) = record(context, label, file, &gmem::FORMAT, GmemRecord::read_on) else { return false };
     identify(context, label, file, found.identity);
     file.name = named(found.name.bytes());
     file.size = Some(found.size_bytes);
@@ -110,22 +108,14 @@ fn guest_memory<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut
 }
 
 fn machine<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) -> bool {
-    let memory = context.view.clone();
-    let read = |on_fault: &mut dyn FnMut(Malformed) -> Result<(), Malformed>| {
-        VmRecord::read_on(&memory, file.data, on_fault)
-    };
-    let Some(found) = record(context, label, file, &vm::FORMAT, read) else { return false };
+    let Some(found) = record(context, label, file, &vm::FORMAT, VmRecord::read_on) else { return false };
     identify(context, label, file, found.identity);
     (file.vm_type, file.vcpus) = (Some(found.vm_type), Some(found.vcpus));
     true
 }
 
 fn descriptor<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) -> bool {
-    let memory = context.view.clone();
-    let read = |on_fault: &mut dyn FnMut(Malformed) -> Result<(), Malformed>| {
-        FdRecord::read_on(&memory, file.data, on_fault)
-    };
-    let Some(found) = record(context, label, file, &foreign::FORMAT, read) else { return false };
+    let Some(found) = record(context, label, file, &foreign::FORMAT, FdRecord::read_on) else { return false };
     identify(context, label, file, found.identity);
     file.name = named(found.name.bytes());
     (file.fd_kind, file.fd_index) = (Some(found.kind.to_string()), Some(found.index));
@@ -133,11 +123,9 @@ fn descriptor<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut F
 }
 
 fn state<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) -> bool {
-    let memory = context.view.clone();
-    let read = |on_fault: &mut dyn FnMut(Malformed) -> Result<(), Malformed>| {
-        StateRecord::read_on(&memory, file.data, on_fault)
+    let Some(found) = record(context, label, file, &state::FORMAT, StateRecord::read_on) else {
+        return false;
     };
-    let Some(found) = record(context, label, file, &state::FORMAT, read) else { return false };
     identify(context, label, file, found.identity);
     file.name = named(found.name.bytes());
     (file.epoch, file.checksum) = (Some(found.epoch), Some(found.checksum));
@@ -146,6 +134,7 @@ fn state<M: Memory>(context: &mut Context<'_, M>, label: &str, file: &mut File) 
     if !picture.can_spend(findings, file.owner, found.len_bytes.div_ceil(PAGE_SIZE)) {
         return true;
     }
+    let memory = context.view.clone();
     let list = match found.read_list(&memory, file.data) {
         Ok(list) => list,
         Err(fault) => {
@@ -226,9 +215,9 @@ pub(crate) fn look_inside(memory: &impl Memory, pages: &[(u64, PageRange)], file
 
 /// A text that is to be shown: not all of what may be 4 MiB.
 fn shortened(text: &str) -> String {
-    let mut text: String = text.chars().take(PAGE_BYTES).collect();
-    if text.len() == PAGE_BYTES {
-        text.push('…');
-    }
-    text.escape_debug().to_string()
+    let (head, more) = match text.char_indices().nth(PAGE_BYTES) {
+        Some((end, _)) => (&text[..end], "…"),
+        None => (text, ""),
+    };
+    format!("{}{more}", head.escape_debug())
 }
