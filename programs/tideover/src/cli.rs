@@ -396,7 +396,7 @@ Example: tideover inspect web1
 pub(crate) struct Inspect {
     /// Where the state is read from; with --diff two of them.
     #[arg(value_name = "SOURCE", required = true, num_args = 1..=2)]
-    pub(crate) sources: Vec<String>,
+    pub(crate) sources: Vec<crate::inspect::Named>,
     /// Where the root FDT is in memory:FILE [default: it is searched for].
     #[arg(long, value_name = "ADDRESS", value_parser = crate::inspect::address)]
     pub(crate) fdt_address: Option<u64>,

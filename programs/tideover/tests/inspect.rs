@@ -445,13 +445,14 @@ fn a_machine_breaks_no_rule_before_and_after_its_seal() {
 
 #[test]
 fn a_wrong_command_line_is_told_from_a_source_that_cannot_be_read() {
-    let wrong: [(&[&str], &str); 6] = [
+    let wrong: [(&[&str], &str); 7] = [
         (&["--diff", "arena:/absent"], "--diff compares two sources"),
         (&["arena:/absent", "arena:/absent"], "two sources are for --diff"),
         (&["foo:bar"], "`foo` is no kind of source"),
         (&[""], "not empty"),
         (&["web1", "--fdt-address", "0x1000"], "--fdt-address is for memory:FILE"),
         (&["arena:/absent", "--fdt-address", "0x1000"], "--fdt-address is for memory:FILE"),
+        (&["arena:/absent", "--booted"], "--booted is for memory:FILE"),
     ];
     for (arguments, text) in wrong {
         let output = tideover(&[&["inspect"], arguments].concat());

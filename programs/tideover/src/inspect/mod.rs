@@ -28,6 +28,7 @@ use survey::Survey;
 
 use crate::cli;
 use source::Hints;
+pub(crate) use source::Named;
 use source::Source;
 use source::Told;
 
@@ -58,11 +59,8 @@ pub(crate) fn inspect(arguments: &cli::Inspect) -> anyhow::Result<ExitCode> {
         (_, true) => wrong("--diff compares two sources"),
         _ => wrong("two sources are for --diff"),
     };
-    // Who reads no further, as `head`, has what he wants.
-    match out.flush() {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write the result"),
-        _ => Ok(code),
-    }
+    done(out.flush())?;
+    Ok(code)
 }
 
 /// Ends this as a wrong command line does.
@@ -77,31 +75,24 @@ fn wrong(text: impl std::fmt::Display) -> ! {
     }
 }
 
-/// Ends this if no source can be what was given.
+/// Ends this if something is told of a source of which it is known.
 fn check(arguments: &cli::Inspect) {
-    for source in &arguments.sources {
-        let kind = source.split_once(':').map(|(kind, _)| kind);
-        if source.is_empty() {
-            wrong("a source is a machine's name, arena:PATH, debugfs:DIR or memory:FILE, and not empty");
-        }
-        if let Some(kind) = kind.filter(|kind| !["memory", "arena", "debugfs"].contains(kind)) {
-            wrong(format_args!(
-                "`{}` is no kind of source: a machine's name, arena:PATH, debugfs:DIR or memory:FILE",
-                kind.escape_debug()
-            ));
-        }
-        if arguments.fdt_address.is_some() && kind != Some("memory") {
-            wrong("--fdt-address is for memory:FILE: of every other source it is known where it begins");
-        }
+    if arguments.sources.iter().all(Named::is_memory) {
+        return;
+    }
+    if arguments.fdt_address.is_some() {
+        wrong("--fdt-address is for memory:FILE: of every other source it is known where it begins");
+    }
+    if arguments.booted {
+        wrong("--booted is for memory:FILE: of every other source it is known what may be stale");
     }
 }
 
-fn show(out: &mut impl Write, arguments: &cli::Inspect, source: &str) -> anyhow::Result<ExitCode> {
-    let name = source;
-    let source = Source::open(source, hints(arguments))?;
+fn show(out: &mut impl Write, arguments: &cli::Inspect, named: &Named) -> anyhow::Result<ExitCode> {
+    let source = Source::open(named, hints(arguments))?;
     let survey = source.survey();
     if let Some(path) = &arguments.html {
-        html::write(path, &Report { source: &source.told, survey: &survey, folios: None }, name)?;
+        html::write(path, &Report { source: &source.told, survey: &survey, folios: None }, named.text())?;
         return Ok(verdict(arguments, &survey));
     }
     let written = match arguments.json {
@@ -125,7 +116,7 @@ fn verdict(arguments: &cli::Inspect, survey: &Survey) -> ExitCode {
     if arguments.verify && wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-fn compare(out: &mut impl Write, arguments: &cli::Inspect, sources: [&str; 2]) -> anyhow::Result<ExitCode> {
+fn compare(out: &mut impl Write, arguments: &cli::Inspect, sources: [&Named; 2]) -> anyhow::Result<ExitCode> {
     let [from, to] = sources;
     let (from, to) = (Source::open(from, hints(arguments))?, Source::open(to, hints(arguments))?);
     let (before, after) = (from.survey(), to.survey());
@@ -134,6 +125,7 @@ fn compare(out: &mut impl Write, arguments: &cli::Inspect, sources: [&str; 2]) -
     Ok(ExitCode::SUCCESS)
 }
 
+/// Who reads no further, as `head`, has what he wants.
 fn done(written: io::Result<()>) -> anyhow::Result<()> {
     match written {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot write the result"),

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::str::FromStr;
 
 use abi::Memory;
 use anyhow::Context as _;
@@ -76,26 +77,61 @@ fn open_file(path: &Path) -> anyhow::Result<(File, u64)> {
     }
 }
 
-impl Source {
-    /// Opens the source that a text names.
-    pub(crate) fn open(text: &str, hints: Hints) -> anyhow::Result<Self> {
-        let source = match text.split_once(':') {
-            Some(("memory", path)) => return image::open(text, path, hints),
-            Some(("arena", path)) => arena::open(text, path),
-            Some(("debugfs", path)) => debugfs::open(text, path),
-            Some((other, _)) => bail!(
-                "`{}` is no kind of source: a machine's name, arena:PATH, debugfs:DIR or memory:FILE",
-                other.escape_debug()
-            ),
-            None => arena::of_machine(text),
+/// A source as the command line names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Named {
+    kind: Kind,
+    text: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Machine,
+    Arena,
+    Debugfs,
+    Memory,
+}
+
+impl Named {
+    /// As it was given.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// It is a whole machine's memory, of which something can be told besides.
+    pub(crate) fn is_memory(&self) -> bool {
+        self.kind == Kind::Memory
+    }
+}
+
+impl FromStr for Named {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let kinds = "a machine's name, arena:PATH, debugfs:DIR or memory:FILE";
+        let kind = match text.split_once(':').map(|(kind, _)| kind) {
+            None if text.is_empty() => return Err(format!("a source is {kinds}, and not empty")),
+            None => Kind::Machine,
+            Some("arena") => Kind::Arena,
+            Some("debugfs") => Kind::Debugfs,
+            Some("memory") => Kind::Memory,
+            Some(other) => return Err(format!("`{}` is no kind of source: {kinds}", other.escape_debug())),
         };
-        if hints.fdt.is_some() {
-            bail!("--fdt-address is for memory:FILE: of every other source it is known where it begins");
+        Ok(Self { kind, text: text.to_owned() })
+    }
+}
+
+impl Source {
+    /// Opens the source that was named.
+    pub(crate) fn open(named: &Named, hints: Hints) -> anyhow::Result<Self> {
+        let text = named.text.as_str();
+        let path = text.split_once(':').map_or("", |(_, path)| path);
+        match named.kind {
+            Kind::Machine => arena::of_machine(text),
+            Kind::Arena => arena::open(text, path),
+            Kind::Debugfs => debugfs::open(text, path),
+            Kind::Memory => image::open(text, path, hints),
         }
-        if hints.booted {
-            bail!("--booted is for memory:FILE: of every other source it is known what may be stale");
-        }
-        source
     }
 
     /// Makes out what is there.
