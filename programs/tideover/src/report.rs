@@ -1,6 +1,5 @@
 //! What an update or a kexec took.
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use ::vmm::control::Answer;
@@ -57,7 +56,7 @@ pub(crate) fn report(arguments: &cli::Report) -> anyhow::Result<ExitCode> {
         Some(path) if done.is_empty() => {
             complain!("tideover: there is nothing to report: {} is not written", path.display());
         }
-        Some(path) => page(&done).write(path)?,
+        Some(path) => page(&body(&done)).write(path)?,
         None => say(&done, arguments.json)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -118,7 +117,7 @@ fn sentences(done: &Done) -> [Vec<String>; 3] {
 }
 
 /// All of it, for a browser.
-fn page(done: &[Done]) -> FilePage {
+fn body(done: &[Done]) -> String {
     let section = |done: &Done| {
         let [head, before, after] = sentences(done).map(|lines| {
             lines.iter().map(|line| format!("<p>{}</p>\n", page::escape(line))).collect::<String>()
@@ -134,24 +133,14 @@ fn page(done: &[Done]) -> FilePage {
             page::escape(name)
         )
     };
-    FilePage(format!("<h1>Tideover: what it took</h1>\n{}", done.iter().map(section).collect::<String>()))
+    format!("<h1>Tideover: what it took</h1>\n{}", done.iter().map(section).collect::<String>())
 }
 
-/// The body of a page.
-#[derive(Debug)]
-struct FilePage(String);
-
-impl FilePage {
+const fn page(body: &str) -> Page<'_> {
     const STYLE: &str = "th[scope] { width: 12rem; } td.n { width: 9rem; } .bar svg { display: block; width: 100%; height: 1rem; } \
                          .bar rect { fill: var(--mark); }\n";
 
-    fn html(&self) -> Page<'_> {
-        Page { title: "Tideover: what it took", style: Self::STYLE, script: None, data: None, body: &self.0 }
-    }
-
-    fn write(&self, path: &Path) -> anyhow::Result<()> {
-        self.html().write(path)
-    }
+    Page { title: "Tideover: what it took", style: STYLE, script: None, data: None, body }
 }
 
 fn sentences_of_kexec(report: &KexecReport) -> [Vec<String>; 3] {
@@ -242,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_page_has_a_bar_for_each_part_and_shows_a_name_as_it_is() {
-        let page = page(&[update()]).html().html();
+        let page = page(&body(&[update()])).html();
         assert_eq!(page.matches("<rect ").count(), 3);
         assert!(page.contains("&lt;b&gt;: update") && !page.contains("<b>"), "{page}");
         assert!(page.contains("<rect x=\"250.0\" width=\"500.0\""), "{page}");
