@@ -97,11 +97,10 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
 /// Takes the machine over; `None` if that was only to be rehearsed. Until it returns, nothing has happened that the
 /// predecessor could not undo.
 fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Option<(Running, Prepared)>> {
-    let told = successor.vmm().clone();
     // Before the memory: after a kexec it takes its time to come, and the guest waits.
-    let ahead = Ahead::make(&told);
+    let ahead = Ahead::make(successor.vmm());
     let mut attached = successor.attach(observer)?;
-    let mut prepared = match Prepared::make(attached.incoming_mut(), &told, ahead) {
+    let mut prepared = match Prepared::make(attached.incoming_mut(), ahead) {
         Ok(prepared) => prepared,
         Err(error) => {
             attached.give_up(&format!("{error:#}"));
@@ -138,6 +137,7 @@ fn serve(mut vmm: Vmm) -> anyhow::Result<()> {
 /// What is ready before the memory is there. What goes wrong here does so again where it can be told.
 struct Ahead {
     begun: Option<Moment>,
+    told: anyhow::Result<Told>,
     backends: Option<Backends>,
     vm: Option<NewVm>,
 }
@@ -145,13 +145,13 @@ struct Ahead {
 impl Ahead {
     fn make(told: &serde_json::Value) -> Self {
         let begun = Moment::now().ok();
-        let Ok(Told { spec, crossing, .. }) = Told::deserialize(told) else {
-            return Self { begun, backends: None, vm: None };
-        };
-        let vm = (spec.guest == GuestKind::Kvm).then(NewVm::make).and_then(Result::ok);
+        let told = Told::deserialize(told).context("cannot read what the predecessor tells");
+        let is_kvm = told.as_ref().is_ok_and(|told| told.spec.guest == GuestKind::Kvm);
+        let vm = is_kvm.then(NewVm::make).and_then(Result::ok);
         // No descriptor lives through a kexec. After anything else they come with the memory.
-        let backends = crossing.and_then(|_| Backends::open(&spec).ok());
-        Self { begun, backends, vm }
+        let crossed = told.as_ref().ok().filter(|told| told.crossing.is_some());
+        let backends = crossed.and_then(|told| Backends::open(&told.spec).ok());
+        Self { begun, told, backends, vm }
     }
 }
 
@@ -165,9 +165,9 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn make(incoming: &mut Incoming, told: &serde_json::Value, ahead: Ahead) -> anyhow::Result<Self> {
-        let Ahead { begun, backends, vm } = ahead;
-        let told = Told::deserialize(told).context("cannot read what the predecessor tells")?;
+    fn make(incoming: &mut Incoming, ahead: Ahead) -> anyhow::Result<Self> {
+        let Ahead { begun, told, backends, vm } = ahead;
+        let told = told?;
         let socket = told.spec.socket.as_deref();
         let (clients, backends) = match &told.crossing {
             // Nobody who was connected is there still.
