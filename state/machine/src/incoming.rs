@@ -45,6 +45,7 @@ use crate::machine;
 use crate::machine::Machine;
 use crate::machine::Memory;
 use crate::ownership;
+use crate::ownership::Lost;
 use crate::ownership::Ownership;
 use crate::ownership::OwnershipError;
 use crate::vm_file::VmFile;
@@ -324,11 +325,7 @@ impl Incoming {
     /// # Errors
     /// [`ClaimError`]: also if who claimed it lives.
     pub fn claim_again(self, sealed: u32, dead: OwnershipWord) -> Result<Claimed, ClaimError> {
-        if self.owner_lives(dead).map_err(ClaimError::Liveness)? {
-            return Err(ClaimError::ClaimantLives);
-        }
-        let claimed = self.ownership.transition(|found| ownership::claim_again(found, dead, self.nonce));
-        let word = claimed.map_err(ClaimError::Ownership)?;
+        let word = self.claim_from_dead(dead, ownership::claim_again)?;
         self.read_states(sealed, word)
     }
 
@@ -339,12 +336,21 @@ impl Incoming {
     /// # Errors
     /// [`ClaimError`]: also if the owner lives.
     pub fn recover(self, dead: OwnershipWord) -> Result<Claimed, ClaimError> {
+        let word = self.claim_from_dead(dead, ownership::recover)?;
+        Ok(Claimed { machine: self.into_machine(word)?, states: BTreeMap::new() })
+    }
+
+    /// Makes a transition from the word `dead`, whose process has to be that.
+    fn claim_from_dead(
+        &self,
+        dead: OwnershipWord,
+        next: fn(OwnershipWord, OwnershipWord, Nonce) -> Result<OwnershipWord, Lost>,
+    ) -> Result<OwnershipWord, ClaimError> {
         if self.owner_lives(dead).map_err(ClaimError::Liveness)? {
             return Err(ClaimError::ClaimantLives);
         }
-        let claimed = self.ownership.transition(|found| ownership::recover(found, dead, self.nonce));
-        let word = claimed.map_err(ClaimError::Ownership)?;
-        Ok(Claimed { machine: self.into_machine(word)?, states: BTreeMap::new() })
+        let claimed = self.ownership.transition(|found| next(found, dead, self.nonce));
+        claimed.map_err(ClaimError::Ownership)
     }
 
     fn read_states(self, sealed: u32, claimed: OwnershipWord) -> Result<Claimed, ClaimError> {
