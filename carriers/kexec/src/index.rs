@@ -2,6 +2,9 @@
 
 use std::os::fd::AsFd as _;
 
+use custody::NoteError;
+use custody::NoteFile;
+use custody::When;
 use liveupdate::CreateError;
 use liveupdate::Device;
 use liveupdate::FindError;
@@ -14,10 +17,6 @@ use serde::Serialize;
 use thiserror::Error;
 
 use crate::NOTE_TOKEN;
-use crate::NoteError;
-use crate::When;
-use crate::note;
-use crate::note::NoteFile;
 
 /// What the session is called.
 const NAME: &[u8] = b"tideover";
@@ -70,7 +69,7 @@ impl Index {
         // Moments are still to come: the room for them is there.
         let file = NoteFile::make(&listed).map_err(IndexError::Note)?;
         let mut session = device.create(&name()).map_err(IndexError::Create)?;
-        session.preserve(NOTE_TOKEN, file.file.as_fd()).map_err(IndexError::Preserve)?;
+        session.preserve(NOTE_TOKEN, file.as_fd()).map_err(IndexError::Preserve)?;
         Ok(Self { _session: session, file, listed })
     }
 
@@ -90,7 +89,7 @@ impl Index {
     pub fn retrieve(device: &Device) -> Result<Listed, IndexError> {
         let mut session = device.retrieve(&name()).map_err(IndexError::Find)?;
         let file = session.retrieve(NOTE_TOKEN).map_err(IndexError::Retrieve)?;
-        let listed = note::read(file).map_err(IndexError::Note)?;
+        let listed = NoteFile::from_fd(file).and_then(|file| file.read()).map_err(IndexError::Note)?;
         // It is read: should the session not end now, it does so with its descriptor.
         let _ = session.finish();
         Ok(listed)

@@ -6,6 +6,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 use std::time::Instant;
 
+use custody::Note;
+use custody::NoteError;
+use custody::NoteFile;
+use custody::Sealed;
+use custody::When;
 use liveupdate::Outgoing;
 use liveupdate::PreserveError;
 use liveupdate::moment::Moment;
@@ -24,12 +29,7 @@ use thiserror::Error;
 
 use crate::FIRST_REGION_TOKEN;
 use crate::NOTE_TOKEN;
-use crate::Note;
-use crate::NoteError;
-use crate::Sealed;
 use crate::VM_TOKEN;
-use crate::When;
-use crate::note::NoteFile;
 
 /// What a machine's VMM says for its next life.
 #[derive(Debug)]
@@ -141,7 +141,7 @@ impl<'a, G: Guest> Leaving<'a, G> {
             session.preserve(token, region.as_fd()).map_err(|source| LeaveError::Region { index, source })?;
         }
         if let Some(session) = &mut self.session {
-            session.preserve(NOTE_TOKEN, file.file.as_fd()).map_err(LeaveError::PreserveNote)?;
+            session.preserve(NOTE_TOKEN, file.as_fd()).map_err(LeaveError::PreserveNote)?;
         }
         let kernel = if self.session.is_some() { begun.elapsed() } else { Duration::ZERO };
         self.note = Some((file, note));

@@ -7,7 +7,7 @@
 //! ```text
 //! this kernel                                          the next one
 //! VMM ([`Leaving`]): fill and freeze, preserve          who opens the device: retrieve the session
-//!   pause, save, seal, write the note                  holder ([`Found`], [`Kept`]): retrieve note and regions
+//!   pause, save, seal, write the note                  holder ([`Found`]): retrieve note and regions
 //! who opened the device: reboot                          pass them on to a VMM, as a predecessor would
 //!                                                      VMM: attach, claim, load, run
 //!                                                      holder: finish the session
@@ -20,9 +20,6 @@
 mod index;
 mod kept;
 mod leaving;
-mod note;
-mod standing;
-mod when;
 
 use liveupdate::Name;
 use machine::SessionName;
@@ -33,18 +30,12 @@ pub use index::Index;
 pub use index::IndexError;
 pub use index::Listed;
 pub use kept::Found;
-pub use kept::Kept;
 pub use kept::KeptError;
 pub use leaving::LeaveError;
 pub use leaving::Leaving;
 pub use leaving::LostError;
 pub use leaving::Offer;
 pub use leaving::Preserved;
-pub use note::Note;
-pub use note::NoteError;
-pub use note::Sealed;
-pub use standing::Standing;
-pub use when::When;
 
 /// What this carrier can do.
 pub const CAPABILITIES: Capabilities =

@@ -9,6 +9,8 @@ use fdpass::monotonic_ns;
 use machine::OwnershipWord;
 use machine::update::Step;
 use machine::update::Timeline;
+use serde::Deserialize;
+use serde::Serialize;
 
 use crate::Timeouts;
 use crate::message;
@@ -16,7 +18,42 @@ use crate::message::Message;
 use crate::predecessor::Reason;
 use crate::proposal::Proposal;
 
-/// What is known of a sealed machine that came through a kexec before any of its memory is here.
+/// What becomes of a machine's files on their way to a successor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// The process that runs the machine hands them over, with all that goes with it.
+    #[default]
+    Handed,
+    /// A kernel has made the regions again: they are other files than those that the machine's metadata tells of. Nothing else
+    /// came.
+    MadeAgain,
+    /// They are what is left of a process that is dead: the regions, the same files, and nothing else.
+    LeftBehind,
+}
+
+impl Origin {
+    pub(crate) fn is_handed(&self) -> bool {
+        *self == Self::Handed
+    }
+}
+
+/// How a machine was left that no process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// Sealed, with its state.
+    Sealed {
+        /// Epoch of the seal.
+        epoch: u32,
+        /// The ownership word, if a successor claimed the machine and died before it ran it.
+        claimed: Option<OwnershipWord>,
+    },
+    /// The process that ran it is dead, or who was to recover it after that: there is its memory, and no state. That is its
+    /// ownership word.
+    RanOn(OwnershipWord),
+}
+
+/// What is known of a machine that no process runs before any of its memory is here.
 #[derive(Debug, Clone)]
 pub struct Prospect {
     /// The machine's identity, as it is written.
@@ -25,7 +62,9 @@ pub struct Prospect {
     pub formats: Vec<String>,
     /// Bytes of each region, region 0 first.
     pub regions: Vec<u64>,
-    /// What the VMM that sealed it told its successor.
+    /// Where its files come from.
+    pub origin: Origin,
+    /// What the VMM that had it told its successor.
     pub vmm: serde_json::Value,
     /// How long to wait.
     pub timeouts: Timeouts,
@@ -40,16 +79,13 @@ pub struct Agreed {
     timeouts: Timeouts,
 }
 
-/// A sealed machine in the hands of a process that cannot run it.
+/// A machine in the hands of a process that cannot run it.
 #[derive(Debug)]
 pub struct Custody<'a> {
-    /// The regions, region 0 first. A kernel has made them again: their files are others than the machine's metadata
-    /// tells of.
+    /// The regions, region 0 first.
     pub regions: Vec<BorrowedFd<'a>>,
-    /// Epoch of the seal.
-    pub sealed: u32,
-    /// The ownership word, if a successor claimed the machine and died before it ran it.
-    pub claimed: Option<OwnershipWord>,
+    /// How it was left.
+    pub left: Left,
     /// What the successor's VMM is told that was not known yet when it agreed.
     pub vmm: serde_json::Value,
 }
@@ -73,12 +109,12 @@ impl Prospect {
     /// # Errors
     /// [`Reason`]
     pub fn offer(self, channel: Channel) -> Result<Agreed, Reason> {
-        let Self { identity, formats, regions, vmm, timeouts } = self;
+        let Self { identity, formats, regions, origin, vmm, timeouts } = self;
         let deadline = Deadline::after(timeouts.prepare);
         channel.require_same_user().map_err(Reason::Peer)?;
         let mut timeline = Timeline::default();
         let mut reached = |step| timeline.note(step, monotonic_ns());
-        let proposal = Proposal { identity, formats, regions, descriptors: 0, vmm, made_again: true };
+        let proposal = Proposal { identity, formats, regions, descriptors: 0, vmm, origin };
         let successor_pid = proposal.agree(&channel, &mut reached, deadline)?;
         Ok(Agreed { channel, successor_pid, timeline, timeouts })
     }
@@ -92,7 +128,7 @@ impl Agreed {
     /// [`Reason`]: whether the successor runs the machine all the same, its ownership word tells.
     pub fn pass_on(self, custody: Custody<'_>, told: &mut dyn FnMut(Step)) -> Result<Passed, Reason> {
         let Self { channel, successor_pid, mut timeline, timeouts } = self;
-        let Custody { regions, sealed, claimed, vmm } = custody;
+        let Custody { regions, left, vmm } = custody;
         let deadline = Deadline::after(timeouts.prepare);
         let link = |step| move |source| Reason::Link { step, source };
         let mut reached = |step| {
@@ -104,7 +140,14 @@ impl Agreed {
         }
         message::receive(&channel, "warm", deadline).map_err(link(Step::Warm))?;
         reached(Step::Warm);
-        let sealed = Message::Sealed { epoch: sealed, claimed: claimed.map(OwnershipWord::bits), vmm };
+        let sealed = match left {
+            Left::Sealed { epoch, claimed } => {
+                Message::Sealed { epoch, claimed: claimed.map(OwnershipWord::bits), ran_on: None, vmm }
+            }
+            Left::RanOn(word) => {
+                Message::Sealed { epoch: word.epoch(), claimed: None, ran_on: Some(word.bits()), vmm }
+            }
+        };
         message::send(&channel, &sealed, &[], deadline).map_err(link(Step::Claimed))?;
         message::receive(&channel, "running", deadline).map_err(link(Step::Running))?;
         reached(Step::Running);

@@ -37,6 +37,8 @@ use std::time::Duration;
 
 pub use custody::Agreed;
 pub use custody::Custody;
+pub use custody::Left;
+pub use custody::Origin;
 pub use custody::Passed;
 pub use custody::Prospect;
 use machine::update::Capabilities;

@@ -17,6 +17,8 @@ use serde::Deserialize;
 use serde::Serialize;
 use thiserror::Error;
 
+use crate::Origin;
+
 /// Version of the messages. Both sides say theirs first, and they have to be equal.
 pub const PROTOCOL: u32 = 1;
 
@@ -40,9 +42,9 @@ pub(crate) enum Message {
         regions: Vec<u64>,
         descriptors: usize,
         vmm: serde_json::Value,
-        /// The regions are other files than those that the machine's metadata tells of: a kernel has made them again.
-        #[serde(default, skip_serializing_if = "is_not")]
-        made_again: bool,
+        /// Where the machine's files come from.
+        #[serde(default, skip_serializing_if = "Origin::is_handed")]
+        origin: Origin,
     },
     Accept,
     Memory,
@@ -54,6 +56,9 @@ pub(crate) enum Message {
         /// The ownership word of a claim whose claimant is dead: the claim is to be made again.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         claimed: Option<u64>,
+        /// There is no seal: the ownership word of a process that died while it ran the machine.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ran_on: Option<u64>,
         /// What the successor's VMM is told that was not known when the machine was offered.
         #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
         vmm: serde_json::Value,
@@ -78,11 +83,6 @@ pub(crate) enum Message {
     Refuse {
         reason: String,
     },
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
-const fn is_not(flag: &bool) -> bool {
-    !*flag
 }
 
 impl Message {
@@ -259,7 +259,7 @@ mod tests {
     fn messages_are_these_bytes() {
         let bytes = |message: &Message| String::from_utf8(serde_json::to_vec(message).unwrap()).unwrap();
         assert_eq!(bytes(&Message::Accept), r#"{"message":"accept"}"#);
-        let sealed = Message::Sealed { epoch: 2, claimed: None, vmm: serde_json::Value::Null };
+        let sealed = Message::Sealed { epoch: 2, claimed: None, ran_on: None, vmm: serde_json::Value::Null };
         assert_eq!(bytes(&sealed), r#"{"message":"sealed","epoch":2}"#);
         let farewell = Message::Farewell { vmm: serde_json::Value::Null };
         assert_eq!(bytes(&farewell), r#"{"message":"farewell"}"#);

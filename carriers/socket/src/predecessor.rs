@@ -28,6 +28,7 @@ use region::liveness;
 use thiserror::Error;
 use tracing::warn;
 
+use crate::Origin;
 use crate::Timeouts;
 use crate::message;
 use crate::message::LinkError;
@@ -270,7 +271,7 @@ impl<G: Guest> Update<'_, G> {
             regions: machine.regions().map(region::Region::len_bytes).collect(),
             descriptors: machine.fd_count(),
             vmm: self.offer.vmm.clone(),
-            made_again: false,
+            origin: Origin::Handed,
         };
         let mut reached = |step| self.departure.reached(step);
         self.successor_pid = proposal.agree(self.channel, &mut reached, deadline)?;
@@ -282,7 +283,7 @@ impl<G: Guest> Update<'_, G> {
         let epoch = self.departure.pause_and_seal()?;
         let deadline = Deadline::after(self.offer.timeouts.hand_over);
         let link = |source| Reason::Link { step: Step::Running, source };
-        let sealed = Message::Sealed { epoch, claimed: None, vmm: serde_json::Value::Null };
+        let sealed = Message::Sealed { epoch, claimed: None, ran_on: None, vmm: serde_json::Value::Null };
         message::send(self.channel, &sealed, &[], deadline).map_err(link)?;
         self.told_of_running(deadline).map_err(link)
     }

@@ -5,6 +5,7 @@ use fdpass::Deadline;
 use machine::update::Step;
 use tracing::info;
 
+use crate::Origin;
 use crate::message;
 use crate::message::LinkError;
 use crate::message::Message;
@@ -17,7 +18,7 @@ pub(crate) struct Proposal {
     pub(crate) regions: Vec<u64>,
     pub(crate) descriptors: usize,
     pub(crate) vmm: serde_json::Value,
-    pub(crate) made_again: bool,
+    pub(crate) origin: Origin,
 }
 
 impl Proposal {
@@ -40,7 +41,7 @@ impl Proposal {
         let (program, version) = (message::shown(&program), message::shown(&version));
         info!(pid, program, version, "a successor is here");
         reached(Step::Connected);
-        let Self { identity, formats, regions, descriptors, vmm, made_again } = self;
+        let Self { identity, formats, regions, descriptors, vmm, origin } = self;
         let unread: Vec<String> = formats.iter().filter(|format| !reads.contains(format)).cloned().collect();
         if !unread.is_empty() {
             let reason = format!("formats that you cannot read: {}", unread.join(", "));
@@ -48,7 +49,7 @@ impl Proposal {
             return Err(Reason::Formats { formats: unread });
         }
         let offer =
-            Message::Offer { protocol: PROTOCOL, identity, formats, regions, descriptors, vmm, made_again };
+            Message::Offer { protocol: PROTOCOL, identity, formats, regions, descriptors, vmm, origin };
         message::send(channel, &offer, &[], deadline).map_err(link(Step::Offered))?;
         message::receive(channel, "accept", deadline).map_err(link(Step::Offered))?;
         reached(Step::Offered);

@@ -35,6 +35,7 @@ use uffd::Activity;
 use uffd::PopulateError;
 use uffd::Populated;
 
+use crate::Origin;
 use crate::Timeouts;
 use crate::message;
 use crate::message::LinkError;
@@ -79,7 +80,7 @@ pub enum SuccessorError {
     },
     /// More descriptors than a machine can have.
     #[error(
-        "{descriptors} descriptors are to come with the machine, and at most {MAX_FDS} can, none after a kexec"
+        "{descriptors} descriptors are to come with the machine, and at most {MAX_FDS} can, none after a kexec or a death"
     )]
     TooManyFds {
         /// Announced.
@@ -125,7 +126,7 @@ pub struct Successor {
     timeline: Timeline,
     regions: Vec<u64>,
     descriptors: usize,
-    made_again: bool,
+    origin: Origin,
     vmm: serde_json::Value,
 }
 
@@ -172,15 +173,15 @@ impl Successor {
         };
         message::send(&channel, &hello, &[], deadline).map_err(link(Step::Connected))?;
         let offer = message::receive(&channel, "offer", deadline).map_err(link(Step::Offered))?;
-        let Message::Offer { protocol, formats, regions, descriptors, vmm, made_again, .. } = offer else {
+        let Message::Offer { protocol, formats, regions, descriptors, vmm, origin, .. } = offer else {
             return Err(link(Step::Offered)(LinkError::Closed));
         };
         let timeline = Timeline::default();
-        let successor = Self { channel, timeouts, timeline, regions, descriptors, made_again, vmm };
+        let successor = Self { channel, timeouts, timeline, regions, descriptors, origin, vmm };
         if protocol != PROTOCOL {
             return Err(successor.refuse(link(Step::Offered)(LinkError::Protocol { theirs: protocol })));
         }
-        if descriptors > MAX_FDS || (made_again && descriptors > 0) {
+        if descriptors > MAX_FDS || (!origin.is_handed() && descriptors > 0) {
             return Err(successor.refuse(SuccessorError::TooManyFds { descriptors }));
         }
         let unread = formats.iter().filter(|format| !reads.contains(format));
@@ -212,9 +213,10 @@ impl Successor {
         let others = fds.split_off(self.regions.len());
         let regions = fds.into_iter().zip(&self.regions);
         let regions = regions.map(|(fd, len_bytes)| OfferedRegion { fd, len_bytes: *len_bytes });
-        let incoming = match self.made_again {
-            true => Incoming::attach_made_again(regions.collect()),
-            false => Incoming::attach(regions.collect(), others),
+        let incoming = match self.origin {
+            Origin::MadeAgain => Incoming::attach_made_again(regions.collect()),
+            Origin::LeftBehind => Incoming::attach_left_behind(regions.collect()),
+            Origin::Handed => Incoming::attach(regions.collect(), others),
         };
         let incoming = incoming.map_err(|error| self.refuse(SuccessorError::Attach(error)))?;
         reached(&mut self.timeline, observer, Step::Attached);
@@ -270,19 +272,26 @@ fn steps(timeline: &Timeline) -> Vec<(String, u64)> {
     timeline.reached().iter().map(|(step, at)| (step.name().to_owned(), *at)).collect()
 }
 
-/// The seal that a successor was told of.
-struct Seal {
+/// How the machine was left, as a successor was told.
+struct Told {
     epoch: u32,
-    /// A dead process's claim of it.
+    /// A dead process's claim of the seal.
     claimed: Option<u64>,
+    /// There is no seal.
+    ran_on: Option<u64>,
 }
 
-impl Seal {
+impl Told {
     fn claim(self, incoming: Incoming) -> Result<Claimed, ClaimError> {
-        let Some(claimed) = self.claimed else { return incoming.claim(self.epoch) };
-        let dead = OwnershipWord::from_bits(claimed)
-            .map_err(|malformed| ClaimError::Ownership(OwnershipError::Malformed(malformed)))?;
-        incoming.claim_again(self.epoch, dead)
+        let word = |bits| {
+            OwnershipWord::from_bits(bits)
+                .map_err(|malformed| ClaimError::Ownership(OwnershipError::Malformed(malformed)))
+        };
+        match (self.ran_on, self.claimed) {
+            (Some(dead), _) => incoming.recover(word(dead)?),
+            (None, Some(dead)) => incoming.claim_again(self.epoch, word(dead)?),
+            (None, None) => incoming.claim(self.epoch),
+        }
     }
 }
 
@@ -348,15 +357,15 @@ impl Attached {
         let warm = Message::Warm { steps: steps(&self.timeline) };
         message::send(&self.channel, &warm, &[], deadline).map_err(link(Step::Warm))?;
         let sealed = match message::receive(&self.channel, "sealed", deadline) {
-            Ok(Message::Sealed { epoch, claimed, vmm }) => {
+            Ok(Message::Sealed { epoch, claimed, ran_on, vmm }) => {
                 self.vmm = vmm;
-                Seal { epoch, claimed }
+                Told { epoch, claimed, ran_on }
             }
             Ok(_) => return Err(link(Step::Sealed)(LinkError::Closed)),
             Err(LinkError::Closed) => {
                 let epoch = self.left_sealed().ok_or(link(Step::Sealed)(LinkError::Closed))?;
                 self.vmm = serde_json::Value::Null;
-                Seal { epoch, claimed: None }
+                Told { epoch, claimed: None, ran_on: None }
             }
             Err(error) => return Err(link(Step::Sealed)(error)),
         };

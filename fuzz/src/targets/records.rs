@@ -18,7 +18,7 @@ use abi::state::StateName;
 use abi::state::StateRecord;
 use abi::vm::Identity;
 use abi::vm::VmRecord;
-use kexec::Note;
+use custody::Note;
 use liveupdate::moment::TscRate;
 use pages::PAGE_BYTES;
 use pages::PAGE_SIZE;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process;
 
-use kexec::When;
+use custody::When;
 use liveupdate::moment;
 use liveupdate::moment::Moment;
 use liveupdate::moment::TscRate;

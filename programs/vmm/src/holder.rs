@@ -18,22 +18,23 @@ use std::time::Duration;
 use anyhow::Context as _;
 use anyhow::anyhow;
 use anyhow::bail;
+use custody::Kept;
+use custody::Note;
+use custody::Standing;
+use custody::When;
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::Listener;
 use fdpass::MAX_MESSAGE_BYTES;
 use kexec::Found;
-use kexec::Kept;
-use kexec::Note;
-use kexec::Standing;
-use kexec::When;
 use liveupdate::Incoming;
 use machine::OwnershipState;
-use machine::OwnershipWord;
 use machine::update::Step;
 use serde::Deserialize;
 use serde::Serialize;
 use socket::Agreed;
+use socket::Left;
+use socket::Origin;
 use socket::Program;
 use socket::Reason;
 use socket::Started;
@@ -151,8 +152,8 @@ enum State {
     Session(Incoming),
     /// Its note, too.
     Found(Found),
-    /// All of it.
-    Kept(Kept),
+    /// All of it; and the session, which the kernel could give again until it is finished.
+    Kept(Kept, Option<Incoming>),
 }
 
 impl State {
@@ -170,13 +171,13 @@ impl State {
                     Err(error) => return (Self::Found(found), Err(error)),
                 };
                 let retrieved = match found.retrieve() {
-                    Ok(kept) => (Self::Kept(kept), Ok(())),
+                    Ok((kept, session)) => (Self::Kept(kept, Some(session)), Ok(())),
                     Err(failed) => (Self::Found(failed.0), Err(failed.1.into())),
                 };
                 drop(room);
                 retrieved
             }
-            kept @ Self::Kept(_) => (kept, Ok(())),
+            kept @ Self::Kept(..) => (kept, Ok(())),
         }
     }
 }
@@ -217,27 +218,29 @@ impl Holder {
             advanced.inspect_err(|_| self.early = None)?;
         }
         match &self.state {
-            Some(State::Kept(kept)) => Ok(kept),
+            Some(State::Kept(kept, _)) => Ok(kept),
             _ => bail!("the machine was given up"),
         }
     }
 
     /// Has a VMM run the machine. Gives its report, unless it could not tell.
     fn revive(&mut self, channel: &Channel) -> anyhow::Result<Option<KexecReport>> {
-        let standing = settled(self.kept()?)?;
+        let kept = self.kept()?;
+        kept.remember()?;
+        let standing = settled(kept)?;
         tell(channel, &Answer::Progress { what: RETRIEVED.to_owned(), done: 1, of: 2 });
-        let (sealed, claimed) = match standing {
-            Standing::Ready { sealed, claimed } => (sealed, claimed),
+        let left = match standing {
+            Standing::Ready { sealed: epoch, claimed } => Left::Sealed { epoch, claimed },
             // Of a holder before this one.
             Standing::Taken(word) if word.state() == OwnershipState::Running => return Ok(None),
             standing => bail!("{}", not_ready(standing)),
         };
         let early = self.early.take().filter(|(_, late)| !late.has_passed()).map(|(vmm, _)| vmm);
         let kept = match &self.state {
-            Some(State::Kept(kept)) => kept,
+            Some(State::Kept(kept, _)) => kept,
             _ => bail!("the machine was given up"),
         };
-        run(kept, &self.told, (sealed, claimed), early).or_else(|error| match kept.standing() {
+        run(kept, &self.told, left, early).or_else(|error| match kept.standing() {
             // It has the machine, though it could not say so.
             Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running => Ok(None),
             Ok(Standing::Ready { .. }) | Err(_) => Err(error),
@@ -284,7 +287,7 @@ impl Holder {
     fn listen(&self) -> Option<Listener> {
         let mut said = None;
         loop {
-            if let Some(State::Kept(kept)) = &self.state
+            if let Some(State::Kept(kept, _)) = &self.state
                 && runs(kept)
             {
                 return None;
@@ -306,10 +309,9 @@ impl Holder {
     /// The machine runs, or is given up: what is kept here is not needed any more.
     fn end(self) {
         let finished = match self.state {
-            Some(State::Kept(kept)) => kept.finish(),
+            Some(State::Kept(_, Some(session)) | State::Session(session)) => session.finish(),
             Some(State::Found(found)) => found.give_up(),
-            Some(State::Session(session)) => session.finish(),
-            None => Ok(()),
+            Some(State::Kept(_, None)) | None => Ok(()),
         };
         if let Err(error) = finished {
             warn!(error = &*error as &dyn std::error::Error, "the session ends with this process");
@@ -333,11 +335,11 @@ fn not_ready(standing: Standing) -> String {
         Standing::Taken(word) => format!(
             "a process has claimed the machine, lives, and does not run it: end that one first (its ownership word is {word:?})"
         ),
-        Standing::NeverSealed => {
+        Standing::NeverSealed(_) => {
             "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
                 .to_owned()
         }
-        Standing::RanOn => {
+        Standing::RanOn(_) => {
             "the machine ran under this kernel, and its VMM has died: its memory is later than its vCPUs' state".to_owned()
         }
     }
@@ -362,17 +364,12 @@ fn runs(kept: &Kept) -> bool {
 }
 
 /// Gives the machine to a VMM: the one that was started early, or a new one.
-fn run(
-    kept: &Kept,
-    hold: &Hold,
-    seal: (u32, Option<OwnershipWord>),
-    early: Option<Vmm>,
-) -> anyhow::Result<Option<KexecReport>> {
+fn run(kept: &Kept, hold: &Hold, left: Left, early: Option<Vmm>) -> anyhow::Result<Option<KexecReport>> {
     let Vmm { agreed, mut started } = early.map_or_else(|| start(kept.note(), hold), Ok)?;
     let mut step = |step: Step| debug!(%step, "holder");
     let last = serde_json::to_value(kept.when())?;
     let agreed = agreed.join().map_err(|_| anyhow!("the thread that offers the machine has panicked"))?;
-    match agreed.and_then(|agreed| kept.pass_on(agreed, seal, last, &mut step)) {
+    match agreed.and_then(|agreed| kept.pass_on(agreed, left, last, &mut step)) {
         Ok(passed) => {
             started.let_go();
             let told: measure::Told = serde_json::from_value(passed.vmm).unwrap_or_default();
@@ -383,7 +380,7 @@ fn run(
             let ended = ended.map_or(String::new(), |status| format!(" (its program ended: {status})"));
             // One that runs the machine is not to be killed for its silence. Any other cannot run it from here on, however late
             // it goes on.
-            match kept.revoke() {
+            match kept.revoke(left) {
                 Err(error) if error.is_lost() => started.let_go(),
                 Err(error) => {
                     warn!(error = &error as &dyn std::error::Error, "the machine's claim stands");
@@ -417,7 +414,7 @@ fn start(note: &Note, hold: &Hold) -> anyhow::Result<Vmm> {
     let crossing = told.crossing.get_or_insert_default();
     let sealed = note.sealed.as_ref().map(|sealed| &sealed.when);
     [sealed, Some(&hold.when)].into_iter().flatten().for_each(|when| crossing.when.extend(when));
-    let mut prospect = note.prospect(serde_json::Value::Null, timeouts(note));
+    let mut prospect = note.prospect(Origin::MadeAgain, serde_json::Value::Null, timeouts(note));
     let path = hold.program.as_ref().unwrap_or(&note.program);
     let program = Program::open(path, std::slice::from_ref(path))?;
     let confine = (confine != Confine::No).then_some("--confine");

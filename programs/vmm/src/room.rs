@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use anyhow::bail;
+use custody::Note;
 use fdpass::Deadline;
-use kexec::Note;
 use rustix::fs::FlockOperation;
 
 /// Where groups of processes are.

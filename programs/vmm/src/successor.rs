@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use anyhow::bail;
+use custody::When;
 use exec::Handoff;
 use fdpass::monotonic_ns;
-use kexec::When;
 use liveupdate::moment::Moment;
 use liveupdate::moment::TscRate;
 use machine::Incoming;

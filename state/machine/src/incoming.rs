@@ -66,6 +66,8 @@ enum Files {
     Same,
     /// A kernel made them again, each as the one that the carrier says.
     MadeAgain,
+    /// They are the same files, and what else went with the machine is gone with the process that had it.
+    LeftBehind,
 }
 
 /// Why an arena was not accepted.
@@ -231,6 +233,15 @@ impl Incoming {
         Self::attach_files(offered, Vec::new(), Files::MadeAgain)
     }
 
+    /// The same of regions that are left of a process that is dead. The descriptors that its session tells of, if it died in
+    /// the midst of an update, are gone with it: the session that is made of it here has none.
+    ///
+    /// # Errors
+    /// As of [`attach`](Self::attach).
+    pub fn attach_left_behind(offered: Vec<OfferedRegion>) -> Result<Self, AttachError> {
+        Self::attach_files(offered, Vec::new(), Files::LeftBehind)
+    }
+
     fn attach_files(
         offered: Vec<OfferedRegion>,
         fds: Vec<OwnedFd>,
@@ -257,7 +268,10 @@ impl Incoming {
             let _ = arena.place(entry.range, mapping);
         }
         let (_, _, parts) = read_session(&arena, Vec::new())?;
-        let fds = Fds::join(&parts.fds, fds).map_err(AttachError::Fds)?;
+        let fds = match files {
+            Files::LeftBehind => Fds::default(),
+            Files::Same | Files::MadeAgain => Fds::join(&parts.fds, fds).map_err(AttachError::Fds)?,
+        };
         let (nonce, alive) =
             machine::hold(region0.region()).map_err(|error| AttachError::Hold(Box::new(error)))?;
         Ok(Self { arena, table: entries, ownership: Ownership::new(word), nonce, alive, parts, fds, files })

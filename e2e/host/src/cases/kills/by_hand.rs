@@ -8,14 +8,15 @@ use std::process::Stdio;
 use anyhow::Context as _;
 use anyhow::bail;
 use anyhow::ensure;
+use custody::Standing;
+use custody::When;
 use kexec::Found;
-use kexec::Standing;
-use kexec::When;
 use liveupdate::Device;
 use liveupdate::FindError;
 use liveupdate::Incoming;
 use machine::OwnershipState;
 use machine::SessionName;
+use socket::Left;
 use socket::Program;
 use vmm::Hold;
 use vmm::control::Answer;
@@ -48,14 +49,18 @@ pub(super) fn run(name: &str) -> anyhow::Result<()> {
         ensure!(found.note().machine == name, "the note of {}", found.note().machine);
     }
     for _ in 0..2 {
-        let kept = Found::read(again()?).map_err(|failed| failed.1)?.retrieve().map_err(|failed| failed.1)?;
+        let found = Found::read(again()?).map_err(|failed| failed.1)?;
+        let (kept, _session) = found.retrieve().map_err(|failed| failed.1)?;
         let standing = kept.standing()?;
         ensure!(matches!(standing, Standing::Ready { claimed: None, .. }), "{standing:?}");
     }
     // One that has taken the machine from a claimant, and dies.
     for _ in 0..2 {
-        let kept = Found::read(again()?).map_err(|failed| failed.1)?.retrieve().map_err(|failed| failed.1)?;
-        kept.revoke()?;
+        let found = Found::read(again()?).map_err(|failed| failed.1)?;
+        let (kept, _session) = found.retrieve().map_err(|failed| failed.1)?;
+        let standing = kept.standing()?;
+        let Standing::Ready { sealed: epoch, claimed } = standing else { bail!("{standing:?}") };
+        kept.revoke(Left::Sealed { epoch, claimed })?;
         let standing = kept.standing()?;
         let Standing::Ready { claimed: Some(word), .. } = standing else { bail!("{standing:?}") };
         ensure!(word.state() == OwnershipState::Claimed, "{word:?}");
