@@ -52,8 +52,16 @@ impl Kept {
     /// # Errors
     /// [`CustodyError`]: the note cannot be read, or these are not as many regions as it tells of.
     pub fn left_behind(file: NoteFile, regions: Vec<OwnedFd>) -> Result<Self, CustodyError> {
+        Self::of(file, regions, Origin::LeftBehind)
+    }
+
+    /// A machine that another process kept before this one, which says where its files come from.
+    ///
+    /// # Errors
+    /// As of [`left_behind`](Self::left_behind).
+    pub fn of(file: NoteFile, regions: Vec<OwnedFd>, origin: Origin) -> Result<Self, CustodyError> {
         let note = file.read().map_err(CustodyError::Note)?;
-        Self::new(file, note, regions, Origin::LeftBehind, When::default())
+        Self::new(file, note, regions, origin, When::default())
     }
 
     fn new(
@@ -83,6 +91,11 @@ impl Kept {
     /// The file that the note is in.
     pub fn note_file(&self) -> &NoteFile {
         &self.file
+    }
+
+    /// Where its files come from.
+    pub fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// The regions' descriptors, region 0's first.

@@ -20,6 +20,7 @@ pub use note::NoteError;
 pub use note::NoteFile;
 pub use note::Sealed;
 pub use note::Seen;
+pub use note::cgroup;
 pub use standing::CustodyError;
 pub use standing::Standing;
 pub use when::When;

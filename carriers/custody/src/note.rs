@@ -1,5 +1,6 @@
 //! The file that says what else there is of a machine.
 
+use std::fs;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -92,6 +93,13 @@ pub enum NoteError {
     /// The note is none of this kind.
     #[error("the note cannot be understood")]
     Json(#[source] serde_json::Error),
+}
+
+/// The cgroup that this process is in, of the one hierarchy of version 2.
+#[must_use]
+pub fn cgroup() -> Option<String> {
+    let list = fs::read_to_string("/proc/self/cgroup").ok()?;
+    Some(list.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned())
 }
 
 /// How a machine stood when the first process had it in its custody.

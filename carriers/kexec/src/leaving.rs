@@ -1,6 +1,5 @@
 //! The side that runs the guest, and gives it up to the next kernel.
 
-use std::fs;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -168,7 +167,7 @@ impl<'a, G: Guest> Leaving<'a, G> {
             formats: machine.formats().into_iter().chain(offer.formats).collect(),
             regions: machine.regions().map(region::Region::len_bytes).collect(),
             program: offer.program,
-            cgroup: cgroup(),
+            cgroup: custody::cgroup(),
             vmm: offer.vmm,
             sealed: None,
         }
@@ -220,10 +219,4 @@ impl<'a, G: Guest> Leaving<'a, G> {
         // The guest first: the kernel takes its time to let go of the memory, which can be used meanwhile.
         self.departure.go_back().map_err(|source| LostError::Resume(Box::new(source)))
     }
-}
-
-/// The cgroup that this process is in, of the one hierarchy of version 2.
-fn cgroup() -> Option<String> {
-    let list = fs::read_to_string("/proc/self/cgroup").ok()?;
-    Some(list.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned())
 }

@@ -41,7 +41,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let own = r#""a-format","tideover-gmem-v1","luo-v5""#;
     let texts = [
         offer(own, "8388608,1073741824", 0, ""),
-        offer("", "", 0, r#","made_again":true"#),
+        offer("", "", 0, r#","origin":"made_again""#),
         offer("\"\\u001b[2J\"", "1", 1, ""),
         offer(own, "1", 1_000_000, ""),
         offer(own, "1", 0, "") + "\0" + r#"{"message":"memory"}"#,

@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Update(Update),
     Pause(Pause),
     Resume(Resume),
+    Recover(Recover),
+    Dump(Dump),
     Kexec(Kexec),
     Rehearse(Rehearse),
     Report(Report),
@@ -43,8 +45,8 @@ pub(crate) enum Command {
 /// How every verb on a machine ends.
 const EXIT_CODES: &str = "\
 Exit code: 0 if it was done, 1 if not, 2 for a wrong command line, 3 if there is no such machine, 4 if an update or
-a kexec was called off and the guests run on as before, 5 if the guest crashed, 6 if a machine came through a kexec and is
-held, as it could not run.";
+a kexec was called off and the guests run on as before, 5 if the guest crashed, 6 if a machine is held,
+after a kexec or the death of its VMM, as it could not run.";
 
 /// How a verb ends that looks at machines, and changes none.
 fn after_look(codes: &str, example: &str) -> String {
@@ -102,6 +104,9 @@ pub(crate) struct Run {
     /// The machine goes with the host through `tideover kexec`.
     #[arg(long)]
     pub(crate) through_kexec: bool,
+    /// When the VMM is ended because memory ran out, and tideoverd keeps the machine.
+    #[arg(long, value_enum, default_value_t = OnOom::Keep)]
+    pub(crate) on_oom: OnOom,
     /// Another program that the machine may be updated to, beside the file that this one was started from.
     #[arg(long, value_name = "PATH")]
     pub(crate) allow_program: Vec<PathBuf>,
@@ -215,6 +220,61 @@ pub(crate) struct Resume {
     #[arg(long, value_name = "PATH")]
     pub(crate) program: Option<PathBuf>,
     /// Give the machine's status as JSON; after a kexec, a list of reports.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Has a machine run again whose VMM has died.
+///
+/// Its memory is there if tideoverd kept it, or another process that holds it. If its state is complete to the last instant, its guest
+/// runs on from where it stood: that is so if it was paused, or in the midst of an update. Else its vCPUs' state is lost, and nothing
+/// that was saved before belongs to its memory any more: then it stays held, or starts from the beginning, as --else says.
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover recover web1 || tideover dump web1 web1.core && tideover recover web1 --else boot"))]
+pub(crate) struct Recover {
+    /// The machine.
+    pub(crate) name: String,
+    /// What to do if its state is not complete.
+    #[arg(long = "else", value_enum, value_name = "WHAT", default_value_t = Otherwise::Keep)]
+    pub(crate) otherwise: Otherwise,
+    /// The program that is to run it, if not the one that did before.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) program: Option<PathBuf>,
+    /// Say what was done as JSON: name, pid, how (runs_on or booted) and why.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to do with a machine that cannot run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Otherwise {
+    /// It stays held, its memory as it is.
+    Keep,
+    /// Its guest starts from the beginning, in the same memory, which is made zero.
+    Boot,
+}
+
+/// What becomes of the memory of a machine whose VMM is ended for want of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnOom {
+    /// It is kept, as after any other death.
+    Keep,
+    /// It is given back.
+    Drop,
+}
+
+/// Writes a machine's memory to a file, for a debugger: an ELF core with its vCPUs' registers.
+///
+/// The machine has to stand still: paused, or held after a kexec or the death of its VMM. The registers are those of each vCPU's last
+/// exit, in notes for gdb (NT_PRSTATUS) and for crash (QEMU).
+#[derive(Debug, Args)]
+#[command(after_help = after("tideover dump web1 web1.core && crash vmlinux web1.core"))]
+pub(crate) struct Dump {
+    /// The machine.
+    pub(crate) name: String,
+    /// The file, which must not be there yet.
+    pub(crate) file: PathBuf,
+    /// Say what was written as JSON: name, file, memory_bytes, written_bytes and vcpus.
     #[arg(long)]
     pub(crate) json: bool,
 }

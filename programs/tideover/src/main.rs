@@ -13,16 +13,17 @@ mod check;
 mod cli;
 mod console;
 mod demo;
+mod dump;
 mod first_vmm;
 mod inspect;
 mod keeper;
 mod kexec;
 mod leavers;
-mod machines;
 mod orderly;
 mod page;
 mod pages;
 mod progress;
+mod recover;
 mod report;
 mod resume;
 mod size;
@@ -35,6 +36,7 @@ mod waterfall;
 
 use std::process::ExitCode;
 
+use ::vmm::machines;
 use clap::Parser as _;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -68,6 +70,8 @@ fn main() -> ExitCode {
         cli::Command::Update(arguments) => verbs::update(&arguments),
         cli::Command::Pause(arguments) => verbs::pause(&arguments),
         cli::Command::Resume(arguments) => resume::resume(&arguments),
+        cli::Command::Recover(arguments) => recover::recover(&arguments),
+        cli::Command::Dump(arguments) => dump::dump(&arguments),
         cli::Command::Kexec(arguments) => kexec::kexec(&arguments),
         cli::Command::Rehearse(arguments) => kexec::rehearse(&arguments),
         cli::Command::Report(arguments) => report::report(&arguments),

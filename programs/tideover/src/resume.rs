@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use ::kexec::Index;
 use ::kexec::IndexError;
 use ::kexec::Listed;
+use ::vmm::Brings;
 use ::vmm::Hold;
 use ::vmm::control::Answer;
 use ::vmm::control::Client;
@@ -39,7 +41,7 @@ use crate::report::Done;
 use crate::verbs;
 
 /// A machine could not run, and is held.
-const HELD: u8 = 6;
+pub(crate) const HELD: u8 = 6;
 /// Where it is written down which machines came through a kexec and are still to be had of the kernel, in the directory of
 /// this user's machines.
 const PENDING: &str = "kexec.json";
@@ -250,6 +252,7 @@ impl Ready {
             // It is looked for from elsewhere.
             program: program.as_deref().map(std::path::absolute).transpose()?,
             log: Some(directory.join(format!("{name}.log"))),
+            brings: Brings::Session,
         };
         Self::again(hold)
     }
@@ -282,7 +285,7 @@ impl Ready {
     }
 
     fn give(self, session: &Incoming) -> Result<(Client, Hold), (anyhow::Error, Hold)> {
-        match ::vmm::give(&self.channel, &self.hold, session) {
+        match ::vmm::give(&self.channel, &self.hold, &[session.as_fd()]) {
             Ok(()) => {
                 self.started.let_go();
                 Ok((Client::new(self.channel), self.hold))

@@ -19,6 +19,7 @@ use ::vmm::control::GuestState;
 use ::vmm::control::Held;
 use ::vmm::control::LinuxSpec;
 use ::vmm::control::MachineSpec;
+use ::vmm::control::OnOom;
 use ::vmm::control::Request;
 use ::vmm::control::Source;
 use ::vmm::control::Status;
@@ -113,7 +114,7 @@ pub(crate) enum Look {
     Held(Held),
 }
 
-fn look(client: &Client) -> anyhow::Result<Look> {
+pub(crate) fn look(client: &Client) -> anyhow::Result<Look> {
     match ask(client, &Request::Status)? {
         Answer::Status(status) => Ok(Look::Status(status)),
         Answer::Held(held) => Ok(Look::Held(held)),
@@ -126,15 +127,35 @@ pub(crate) fn held(held: &Held) -> String {
     let name = &held.name;
     // It tells of files and of what programs say: nothing of it is to reach a terminal as a command.
     let why: String = held.why.chars().filter(|letter| !letter.is_control()).collect();
+    let (since, may) = match (held.left_behind, held.complete) {
+        (true, true) => ("its VMM died", format!("`tideover recover {name}` has it run on")),
+        (true, false) => (
+            "its VMM died",
+            format!(
+                "`tideover dump {name} FILE` writes its memory down, `tideover recover {name} --else boot` starts its guest from the \
+                 beginning"
+            ),
+        ),
+        (false, _) => (
+            "a kexec",
+            format!("`tideover resume {name}` tries again, with --program PATH by another program"),
+        ),
+    };
     format!(
-        "{name} is held by process {} since a kexec, and does not run: {why}; `tideover resume {name}` tries again, with --program \
-         PATH by another program; `tideover stop {name}` gives it up",
+        "{name} is held by process {} since {since}, and does not run: {why}; {may}; `tideover stop {name}` gives it up",
         held.pid
     )
 }
 
 fn held_json(held: &Held) -> serde_json::Value {
-    json!({ "name": held.name, "state": "held", "pid": held.pid, "why": held.why })
+    json!({
+        "name": held.name,
+        "state": "held",
+        "pid": held.pid,
+        "why": held.why,
+        "since": if held.left_behind { "death" } else { "kexec" },
+        "complete": held.complete,
+    })
 }
 
 pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
@@ -157,6 +178,10 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
         linux: linux_spec(arguments)?,
         confine: arguments.confine.of_spec(),
         through_kexec: arguments.through_kexec,
+        on_oom: match arguments.on_oom {
+            cli::OnOom::Keep => OnOom::Keep,
+            cli::OnOom::Drop => OnOom::Drop,
+        },
         ..spec
     };
     let file = machines::log(&directory, &arguments.name)?;
@@ -341,7 +366,12 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut text = format!("{}\n", sentence(&status));
-    text += &format!("  age        {}, VMM replaced {} times\n", time::show(status.age_ms), status.updates);
+    let died = match status.recoveries {
+        0 => String::new(),
+        times => format!(", recovered {times} times"),
+    };
+    text +=
+        &format!("  age        {}, VMM replaced {} times{died}\n", time::show(status.age_ms), status.updates);
     text += &format!(
         "  memory     {}, pages of {} asked for, {} mapped in huge ones\n",
         demo::store_name(status.store),
@@ -349,6 +379,8 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
         size::show(status.huge_bytes)
     );
     text += &format!("  identity   {}\n", status.identity);
+    let kept = if status.kept { "kept against the death of its VMM" } else { "lost should its VMM die" };
+    text += &format!("  keeper     {kept}\n");
     match status.confined {
         Confine::No => {}
         Confine::Deny => text += "  confined   other system calls fail\n",

@@ -39,6 +39,8 @@ pub(crate) enum Mode {
     Asks,
     /// It asked to be told of the guest's end.
     Waits,
+    /// It keeps the machine against the end of this process.
+    Keeps,
 }
 
 #[derive(Debug)]
@@ -201,6 +203,14 @@ impl Clients {
         }
     }
 
+    /// The same, with descriptors.
+    pub(crate) fn tell_with(&self, client: ClientId, answer: &Answer, fds: &[BorrowedFd<'_>]) {
+        let Some(client) = self.list.get(client.0) else { return };
+        if let Err(error) = control::send_with(&client.channel, answer, fds) {
+            debug!(%error, "nobody hears the answer");
+        }
+    }
+
     /// Those of a machine to whom nobody is connected yet.
     pub(crate) fn fresh(socket: Option<&Path>) -> anyhow::Result<Self> {
         Ok(Self { listener: socket.map(Listener::bind).transpose()?, list: Vec::new(), next: 0 })
@@ -223,9 +233,14 @@ impl Clients {
         }
     }
 
-    /// Tells all that wait for the guest's end.
+    /// Those that keep the machine.
+    pub(crate) fn keepers(&self) -> impl Iterator<Item = &Channel> {
+        self.list.iter().filter(|client| client.mode == Mode::Keeps).map(|client| &client.channel)
+    }
+
+    /// Tells all that wait for the guest's end, and who keeps the machine for nothing from then on.
     pub(crate) fn tell_waiting(&self, answer: &Answer) {
-        for client in self.list.iter().filter(|client| client.mode == Mode::Waits) {
+        for client in self.list.iter().filter(|client| client.mode != Mode::Asks) {
             // It is gone, or will hear it.
             let _ = control::send(&client.channel, answer);
         }

@@ -5,19 +5,23 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
 use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use anyhow::bail;
+use custody::Note;
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::MAX_MESSAGE_BYTES;
+use fdpass::MAX_MESSAGE_FDS;
 use fdpass::ReceiveError;
 use fdpass::SendError;
 use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use socket::Origin;
 
 pub use crate::confine::Confine;
 pub use crate::guest::End;
@@ -132,6 +136,9 @@ pub struct MachineSpec {
     /// It is to go with the host through a kexec.
     #[serde(default)]
     pub through_kexec: bool,
+    /// When its VMM is ended for want of memory, and somebody keeps the machine.
+    #[serde(default)]
+    pub on_oom: OnOom,
 }
 
 const fn one() -> u32 {
@@ -159,6 +166,7 @@ impl MachineSpec {
             linux: None,
             confine: Confine::No,
             through_kexec: false,
+            on_oom: OnOom::Keep,
         }
     }
 }
@@ -230,6 +238,16 @@ pub enum Request {
     Report,
     /// What did the last update take, of those since the last kexec?
     LastUpdate,
+    /// Give this connection what it takes to keep the machine against the end of this process: [`Answer::Custody`], now and
+    /// whenever that changes. From then on it is told of the machine's end as if it had [waited](Request::Wait) for that.
+    Custody,
+    /// Of a machine that is held: have it run, by this program or the one that was tried before.
+    Recover {
+        /// What to do if its state is not complete to the last instant.
+        otherwise: Otherwise,
+        /// The program.
+        program: Option<PathBuf>,
+    },
     /// Of a machine that is held after a kexec: try again to run it, by this program or the one that was tried before.
     Revive {
         /// The program.
@@ -243,6 +261,34 @@ pub enum Request {
     Console,
     /// End the guest and the VMM.
     Stop,
+}
+
+impl Request {
+    /// What it asks for can be done while the machine is sealed where it is.
+    pub(crate) fn leaves_at_rest(&self) -> bool {
+        !matches!(self, Self::Update(_) | Self::Preserve | Self::Resume)
+    }
+}
+
+/// What to do with a machine whose vCPUs' state is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Otherwise {
+    /// It stays as it is.
+    Keep,
+    /// Its guest starts from the beginning, in the same memory, which is made zero.
+    Boot,
+}
+
+/// What is to become of a machine's memory when its VMM is ended because the host's memory, or its cgroup's, ran out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnOom {
+    /// It is kept, as after any other death.
+    #[default]
+    Keep,
+    /// It is given back.
+    Drop,
 }
 
 /// What the guest is doing.
@@ -350,6 +396,12 @@ pub struct Status {
     /// How long its guest stood still for the last update or kexec, in microseconds.
     #[serde(default)]
     pub last_pause_us: Option<f64>,
+    /// Somebody keeps the machine against the end of its VMM.
+    #[serde(default)]
+    pub kept: bool,
+    /// How many times it was recovered from the death of its VMM.
+    #[serde(default)]
+    pub recoveries: u64,
 }
 
 /// The outcome of an update.
@@ -508,8 +560,13 @@ pub enum Answer {
     Report(Option<Box<KexecReport>>),
     /// What the last update took; `None` if there was none since the machine was made or came through a kexec, or it is not known.
     LastUpdate(Option<Box<UpdateReport>>),
-    /// The machine came through a kexec and nothing runs it: its memory is held.
+    /// Nothing runs the machine: its memory is held.
     Held(Held),
+    /// What it takes to keep the machine. With it come descriptors: those of its regions, region 0's first, then those of its
+    /// vCPUs.
+    Custody(Box<Custody>),
+    /// The machine that was held runs.
+    Recovered(RecoverReport),
     /// The guest runs on.
     Resumed,
     /// The connection is a console from now on.
@@ -536,6 +593,56 @@ pub struct Held {
     pub pid: u32,
     /// Why nothing runs it.
     pub why: String,
+    /// It is what a VMM that died has left; else it came through a kexec.
+    #[serde(default)]
+    pub left_behind: bool,
+    /// It can run on as if nothing had happened: its state is complete to the last instant.
+    #[serde(default)]
+    pub complete: bool,
+}
+
+/// What is to be known of a machine to keep it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Custody {
+    /// What its VMM leaves for its next life.
+    pub note: Note,
+    /// How many of the descriptors are vCPUs'.
+    pub vcpus: usize,
+    /// The process that has it.
+    pub pid: u32,
+    /// Where its files come from.
+    pub origin: Origin,
+    /// When the process is ended for want of memory.
+    pub on_oom: OnOom,
+}
+
+impl PartialEq for Custody {
+    fn eq(&self, other: &Self) -> bool {
+        (self.vcpus, self.pid, &self.note.identity) == (other.vcpus, other.pid, &other.note.identity)
+    }
+}
+
+/// How a machine came to run again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoverReport {
+    /// Its name.
+    pub name: String,
+    /// The process that runs it, as that says itself.
+    pub pid: u32,
+    /// How.
+    pub how: Recovered,
+    /// Why so.
+    pub why: String,
+}
+
+/// How a machine came to run again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recovered {
+    /// Its guest runs on from where it stood.
+    RunsOn,
+    /// Its guest starts from the beginning.
+    Booted,
 }
 
 /// What stands before bytes of the serial line in a console's messages. No other message begins with it.
@@ -561,7 +668,11 @@ pub fn send(channel: &Channel, message: &impl Serialize) -> anyhow::Result<()> {
     send_with(channel, message, &[])
 }
 
-fn send_with(channel: &Channel, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
+/// Sends a message with descriptors.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_with(channel: &Channel, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
     let bytes = serde_json::to_vec(message)?;
     channel.send(&bytes, fds, Deadline::after(Duration::from_secs(5)))?;
     Ok(())
@@ -574,6 +685,21 @@ fn send_with(channel: &Channel, message: &impl Serialize, fds: &[BorrowedFd<'_>]
 pub fn receive<T: DeserializeOwned>(channel: &Channel, deadline: Deadline) -> anyhow::Result<Option<T>> {
     match channel.receive(MAX_MESSAGE_BYTES, 0, deadline) {
         Ok(message) => Ok(Some(serde_json::from_slice(&message.bytes)?)),
+        Err(ReceiveError::Closed) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Receives a message with the descriptors that come with it; `None` if the other side is gone.
+///
+/// # Errors
+/// As [`receive`].
+pub fn receive_with<T: DeserializeOwned>(
+    channel: &Channel,
+    deadline: Deadline,
+) -> anyhow::Result<Option<(T, Vec<OwnedFd>)>> {
+    match channel.receive(MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, deadline) {
+        Ok(message) => Ok(Some((serde_json::from_slice(&message.bytes)?, message.fds))),
         Err(ReceiveError::Closed) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -611,9 +737,25 @@ impl Client {
         match self.ask(&Request::Console, &mut |_, _, _| {})? {
             Answer::Console => Ok(self.channel),
             Answer::Held(held) => {
-                bail!("{} is held since a kexec, and does not run: {}", held.name, held.why)
+                bail!("{} is held, and does not run: {}", held.name, held.why)
             }
             other => bail!("unexpected answer to console: {other:?}"),
+        }
+    }
+
+    /// Asks for what it takes to keep the machine, and gives the connection, over which more comes.
+    ///
+    /// # Errors
+    /// As [`Client::answer`].
+    pub fn ask_custody(self) -> anyhow::Result<(Custody, Vec<OwnedFd>, Channel)> {
+        send(&self.channel, &Request::Custody).context("cannot reach the VMM")?;
+        let deadline = self.patience.map_or(Deadline::never(), Deadline::after);
+        match receive_with(&self.channel, deadline).context("cannot read the VMM's answer")? {
+            Some((Answer::Custody(custody), fds)) => Ok((*custody, fds, self.channel)),
+            Some((Answer::Held(held), _)) => bail!("{}: nothing of it is here yet: {}", held.name, held.why),
+            Some((Answer::Error(error), _)) => bail!("{error}"),
+            Some((other, _)) => bail!("unexpected answer to custody: {other:?}"),
+            None => bail!("the VMM is gone"),
         }
     }
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use anyhow::bail;
 use fdpass::Channel;
+use gmem::Inode;
+use machine::Identity;
 use machine::Machine;
 use machine::MemoryName;
 use machine::MemorySpec;
@@ -93,7 +95,7 @@ fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<Made> {
     // The VM first: memory may be its own.
     let vm = new_vm(spec.guest)?;
     let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, &mut progress)?;
-    let mut guest = boot(spec, &machine, &backends, vm)?;
+    let mut guest = boot(spec, &machine.memories()[0].inode, machine.identity(), &backends, vm)?;
     guest.start()?;
     guest::serves(&*guest, &machine);
     Ok((machine, guest, backends))
@@ -154,15 +156,15 @@ fn policy(text: &str) -> anyhow::Result<Policy> {
 /// A guest that starts from the beginning, in memory that is zero.
 fn boot(
     spec: &MachineSpec,
-    machine: &Machine,
+    memory: &Arc<Inode>,
+    identity: Identity,
     backends: &Arc<Backends>,
     vm: Option<NewVm>,
 ) -> anyhow::Result<Box<dyn Served>> {
-    let memory = &machine.memories()[0].inode;
     let health = Health::well()?;
     Ok(match vm {
         Some(vm) => {
-            let setup = Setup { spec, memory, identity: machine.identity(), backends, health };
+            let setup = Setup { spec, memory, identity, backends, health };
             Box::new(KvmGuest::first(vm, &setup)?)
         }
         None => Box::new(ThreadGuest::first(memory, spec.vcpus, health)?),
@@ -175,14 +177,14 @@ fn boot(
 /// If the memory cannot be made zero, or the guest not made.
 pub(crate) fn boot_again(
     spec: &MachineSpec,
-    machine: &Machine,
+    memory: &Arc<Inode>,
+    identity: Identity,
     backends: &Arc<Backends>,
 ) -> anyhow::Result<Box<dyn Served>> {
-    let memory = &machine.memories()[0].inode;
     memory.clear()?;
     if spec.prefault {
         memory.mapping().warm(page_size(spec), &mut |_, _| {})?;
     }
     let vm = new_vm(spec.guest)?;
-    boot(spec, machine, backends, vm)
+    boot(spec, memory, identity, backends, vm)
 }

@@ -255,6 +255,11 @@ pub trait Served: Guest<Error = GuestError> + Send {
     /// The VM object of KVM that it runs in, if it does.
     fn vm_object(&self) -> Option<&Arc<VmFd>>;
 
+    /// Descriptors of its vCPUs, for whoever is to read their last registers one day; none of a guest that is a thread.
+    fn vcpus(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+
     /// Its clock (kvmclock), in nanoseconds, if it has one.
     fn clock_ns(&self) -> Option<u64> {
         Some(self.vm_object()?.get_clock().ok()?.clock)

@@ -1,67 +1,60 @@
-//! The process that has a machine's memory after a kexec, until a VMM runs the machine.
+//! The process that has a machine's memory while nothing runs the machine: after a kexec, and after the death of its VMM.
 //!
 //! It does nothing that can fail once it has the memory, but to start VMMs. One that fails is followed by another one, when
 //! somebody asks: the machine is *held* meanwhile, and answers at its own socket.
 
+mod clients;
+mod start;
+
 use std::fs;
 use std::fs::DirBuilder;
-use std::fs::OpenOptions;
 use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
 use std::process;
-use std::process::Stdio;
 use std::thread;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use anyhow::anyhow;
 use anyhow::bail;
 use custody::Kept;
-use custody::Note;
+use custody::NoteFile;
 use custody::Standing;
 use custody::When;
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::Listener;
-use fdpass::MAX_MESSAGE_BYTES;
 use kexec::Found;
 use liveupdate::Incoming;
 use machine::OwnershipState;
-use machine::update::Step;
 use serde::Deserialize;
 use serde::Serialize;
-use socket::Agreed;
 use socket::Left;
 use socket::Origin;
-use socket::Program;
-use socket::Reason;
-use socket::Started;
-use socket::Timeouts;
 use tracing::debug;
 use tracing::warn;
 
-use crate::confine::Confine;
 use crate::control;
 use crate::control::Answer;
+use crate::control::Custody;
 use crate::control::Held;
-use crate::control::KexecReport;
+use crate::control::OnOom;
+use crate::control::Otherwise;
+use crate::control::RecoverReport;
+use crate::control::Recovered;
 use crate::control::Request;
-use crate::crossing::Crossing;
-use crate::measure;
 use crate::room;
 use crate::room::Room;
-use crate::serve::Told;
+use crate::serve::Alone;
+use start::Ran;
+use start::Vmm;
 
 /// How long what is to be held may take to come, once it is due.
 const REQUEST: Duration = Duration::from_secs(5);
-/// Connections that a holder has at a time.
-const MAX_CLIENTS: usize = 64;
 /// How long a holder may take to be there: its host may have much to do at once.
 const START: Duration = Duration::from_secs(60);
-/// How long a VMM may take to say what becomes of it when its channel is closed.
-const DEATH: Duration = Duration::from_millis(500);
 /// How long a VMM that was started early may have waited: half of what it waits.
 const EARLY: Duration = Duration::from_secs(30);
 /// How long a VMM may take that has claimed the machine, and that this process did not start.
@@ -71,7 +64,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How often to try again what does not work.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// What a holder is told, with the descriptor of the machine's session.
+/// What a holder is told, with the descriptors of what it is to hold.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Hold {
     /// The machine.
@@ -84,6 +77,25 @@ pub struct Hold {
     pub program: Option<PathBuf>,
     /// Where its VMM's log goes.
     pub log: Option<PathBuf>,
+    /// What comes.
+    pub brings: Brings,
+}
+
+/// What a holder gets.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Brings {
+    /// A session of the kernel's, with all of the machine in it: a VMM is started at once.
+    Session,
+    /// What a VMM that died has left: the note's file, the regions, the vCPUs. It waits until somebody wants to have it run.
+    Remains {
+        /// How many vCPUs.
+        vcpus: usize,
+        /// Where the regions' files come from.
+        origin: Origin,
+        /// The process that died, as far as is known.
+        died: String,
+    },
 }
 
 /// What a holder says first: it is on its own from here on.
@@ -91,7 +103,7 @@ const READY: &str = "holder ready";
 /// What a holder says when it has all of the machine's memory.
 const RETRIEVED: &str = "memory retrieved";
 
-/// Takes a machine's session from whoever started this process, who is at the other end of its standard input, and holds
+/// Takes what is left of a machine from whoever started this process, who is at the other end of its standard input, and holds
 /// the machine until it runs, or is given up.
 ///
 /// # Errors
@@ -100,26 +112,39 @@ pub fn hold() -> anyhow::Result<()> {
     let channel = Channel::from_stdin().context("a holder is started with a channel as standard input")?;
     spare_this_process();
     control::send(&channel, &Answer::Progress { what: READY.to_owned(), done: 0, of: 2 })?;
-    let message = channel.receive(MAX_MESSAGE_BYTES, 1, Deadline::after(REQUEST));
-    let message = message.context("nobody says what is to be held")?;
-    let told: Hold = serde_json::from_slice(&message.bytes).context("cannot read what is to be held")?;
-    let session = message.fds.into_iter().next().context("no session came")?;
-    let session = Incoming::from_fd(session).context("what came is no session")?;
-    let mut holder = Holder { state: Some(State::Session(session)), told, early: None };
-    match holder.revive(&channel) {
-        Ok(report) => {
-            tell(&channel, &Answer::Report(report.map(Box::new)));
-            holder.end();
-            Ok(())
+    let came = control::receive_with(&channel, Deadline::after(REQUEST));
+    let (told, fds): (Hold, _) = came?.context("nobody says what is to be held")?;
+    match told.brings.clone() {
+        Brings::Session => {
+            let session = fds.into_iter().next().context("no session came")?;
+            let session = Incoming::from_fd(session).context("what came is no session")?;
+            Holder::new(told, State::Session(session), Vec::new()).begin(channel);
         }
-        Err(error) => {
-            let why = format!("{error:#}");
-            tell(&channel, &Answer::Held(holder.held(&why)));
-            drop(channel);
-            holder.wait(why);
-            Ok(())
+        Brings::Remains { vcpus, origin, died } => {
+            let (kept, vcpus) = remains(fds, vcpus, origin)?;
+            hold_remains(told, kept, vcpus, &died, Some(channel));
         }
     }
+    Ok(())
+}
+
+fn remains(mut fds: Vec<OwnedFd>, vcpus: usize, origin: Origin) -> anyhow::Result<(Kept, Vec<OwnedFd>)> {
+    let regions = fds.len().checked_sub(1 + vcpus).context("fewer descriptors came than were told")?;
+    let vcpus = fds.split_off(1 + regions);
+    let regions = fds.split_off(1);
+    let note = fds.pop().context("no note came")?;
+    Ok((Kept::of(NoteFile::from_fd(note)?, regions, origin)?, vcpus))
+}
+
+/// Holds what a VMM has left until it runs, or is given up. `died` says which process that was; `told` hears that it is held.
+pub fn hold_remains(hold: Hold, kept: Kept, vcpus: Vec<OwnedFd>, died: &str, told: Option<Channel>) {
+    let holder = Holder::new(hold, State::Kept(kept, None), vcpus);
+    let why = holder.why_left(died);
+    if let Some(channel) = &told {
+        tell(channel, &Answer::Held(holder.held(&why)));
+    }
+    drop(told);
+    holder.wait(why);
 }
 
 /// The score by which the kernel chooses whom to end when memory runs out.
@@ -129,13 +154,6 @@ const SCORE: &str = "oom_score_adj";
 fn spare_this_process() {
     if let Err(error) = fs::write(format!("/proc/self/{SCORE}"), "-1000") {
         debug!(%error, "this process is ended as any other when memory runs out");
-    }
-}
-
-/// A VMM is to be ended as any other.
-fn spare_no_vmm(pid: u32) {
-    if let Err(error) = fs::write(format!("/proc/{pid}/{SCORE}"), "0") {
-        debug!(%error, "the VMM keeps its holder's score");
     }
 }
 
@@ -185,20 +203,51 @@ impl State {
 struct Holder {
     state: Option<State>,
     told: Hold,
+    /// Of the VMM that died.
+    vcpus: Vec<OwnedFd>,
     /// A VMM that gets ready while the memory is retrieved, and when it has waited for too long: it does not wait for ever
     /// to hear what it is to run.
     early: Option<(Vmm, Deadline)>,
 }
 
-/// A VMM that was started, and hears meanwhile what it is to run.
-struct Vmm {
-    agreed: JoinHandle<Result<Agreed, Reason>>,
-    started: Started,
+/// How a machine is to be run.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    left: Left,
+    alone: Alone,
 }
 
 impl Holder {
+    fn new(told: Hold, state: State, vcpus: Vec<OwnedFd>) -> Self {
+        Self { state: Some(state), told, vcpus, early: None }
+    }
+
     fn held(&self, why: &str) -> Held {
-        Held { name: self.told.name.clone(), pid: process::id(), why: why.to_owned() }
+        let kept = self.here();
+        Held {
+            name: self.told.name.clone(),
+            pid: process::id(),
+            why: why.to_owned(),
+            left_behind: matches!(self.told.brings, Brings::Remains { .. }),
+            complete: kept.is_some_and(|kept| matches!(kept.standing(), Ok(Standing::Ready { .. }))),
+        }
+    }
+
+    /// Why a machine is held whose VMM died.
+    fn why_left(&self, died: &str) -> String {
+        match self.here().map(Kept::standing) {
+            Some(Ok(standing)) => format!("its VMM ({died}) has died: {}", stands(standing)),
+            Some(Err(error)) => format!("its VMM ({died}) has died: {:#}", anyhow::Error::new(error)),
+            None => format!("its VMM ({died}) has died"),
+        }
+    }
+
+    /// All of the machine, if it is here.
+    fn here(&self) -> Option<&Kept> {
+        match &self.state {
+            Some(State::Kept(kept, _)) => Some(kept),
+            _ => None,
+        }
     }
 
     /// All of the machine, here.
@@ -207,44 +256,105 @@ impl Holder {
             let Some(state) = self.state.take() else { break };
             if let State::Found(found) = &state {
                 // First of all: a VMM is to be where its holder is.
-                if let Err(error) = room::join_cgroup(found.note()) {
-                    warn!(error = &*error, "the machine is not in its own cgroup");
-                }
+                join_cgroup(found.note());
                 // Should it fail, it is tried again when the memory is here, and the reason told.
-                self.early = start(found.note(), &self.told).ok().map(|vmm| (vmm, Deadline::after(EARLY)));
+                let early = start::start_after_kexec(found.note(), &self.told, None);
+                self.early = early.ok().map(|vmm| (vmm, Deadline::after(EARLY)));
             }
             let (state, advanced) = state.advance(&self.told);
             self.state = Some(state);
             advanced.inspect_err(|_| self.early = None)?;
         }
-        match &self.state {
-            Some(State::Kept(kept, _)) => Ok(kept),
-            _ => bail!("the machine was given up"),
+        self.here().context("the machine was given up")
+    }
+
+    /// Has a VMM run a machine that came through a kexec, for who waits for that, or waits for others who want it.
+    fn begin(mut self, channel: Channel) {
+        match self.revive(&channel) {
+            Ok(report) => {
+                tell(&channel, &report);
+                self.end();
+            }
+            Err(error) => {
+                let why = format!("{error:#}");
+                tell(&channel, &Answer::Held(self.held(&why)));
+                drop(channel);
+                self.wait(why);
+            }
         }
     }
 
-    /// Has a VMM run the machine. Gives its report, unless it could not tell.
-    fn revive(&mut self, channel: &Channel) -> anyhow::Result<Option<KexecReport>> {
+    /// Has a VMM run the machine on. Gives its report.
+    fn revive(&mut self, channel: &Channel) -> anyhow::Result<Answer> {
+        let standing = self.settled()?;
+        tell(channel, &Answer::Progress { what: RETRIEVED.to_owned(), done: 1, of: 2 });
+        let report = match standing {
+            Standing::Ready { sealed: epoch, claimed } => {
+                let left = Left::Sealed { epoch, claimed };
+                self.run(Way { left, alone: Alone::RunOn })?.and_then(|(_, report)| report)
+            }
+            // Of a holder before this one.
+            Standing::Taken(word) if word.state() == OwnershipState::Running => None,
+            standing => bail!("{}", stands(standing)),
+        };
+        Ok(Answer::Report(report.map(Box::new)))
+    }
+
+    /// Has a VMM run the machine, on if its state is complete, and else as is wanted.
+    fn recover(&mut self, otherwise: Otherwise) -> anyhow::Result<RecoverReport> {
+        let standing = self.settled()?;
+        let (left, how) = match (standing, otherwise) {
+            (Standing::Ready { sealed: epoch, claimed }, _) => {
+                (Left::Sealed { epoch, claimed }, Recovered::RunsOn)
+            }
+            (Standing::RanOn(word) | Standing::NeverSealed(word), Otherwise::Boot) => {
+                (Left::RanOn(word), Recovered::Booted)
+            }
+            (standing, _) => bail!("{}", stands(standing)),
+        };
+        let alone = match how {
+            Recovered::RunsOn => Alone::RunOn,
+            Recovered::Booted => Alone::Boot,
+        };
+        let (pid, _) = self.run(Way { left, alone })?.unwrap_or_default();
+        Ok(RecoverReport { name: self.told.name.clone(), pid, how, why: stands(standing) })
+    }
+
+    /// How the machine stands once a claimant that another holder has left behind has gone on, or has died.
+    fn settled(&mut self) -> anyhow::Result<Standing> {
         let kept = self.kept()?;
         kept.remember()?;
-        let standing = settled(kept)?;
-        tell(channel, &Answer::Progress { what: RETRIEVED.to_owned(), done: 1, of: 2 });
-        let left = match standing {
-            Standing::Ready { sealed: epoch, claimed } => Left::Sealed { epoch, claimed },
-            // Of a holder before this one.
-            Standing::Taken(word) if word.state() == OwnershipState::Running => return Ok(None),
-            standing => bail!("{}", not_ready(standing)),
-        };
+        let until = Deadline::after(CLAIM);
+        loop {
+            match kept.standing()? {
+                Standing::Taken(word) if word.state() == OwnershipState::Claimed && !until.has_passed() => {
+                    thread::sleep(LOOK);
+                }
+                standing => return Ok(standing),
+            }
+        }
+    }
+
+    /// `None` if it runs, and could not say so.
+    fn run(&mut self, way: Way) -> anyhow::Result<Option<Ran>> {
         let early = self.early.take().filter(|(_, late)| !late.has_passed()).map(|(vmm, _)| vmm);
-        let kept = match &self.state {
-            Some(State::Kept(kept, _)) => kept,
-            _ => bail!("the machine was given up"),
+        let kept = self.here().context("the machine was given up")?;
+        let vmm = match (early, kept.origin(), way.alone) {
+            (Some(vmm), _, Alone::RunOn) => vmm,
+            (_, Origin::MadeAgain, Alone::RunOn) => start::start_after_kexec(kept.note(), &self.told, None)?,
+            (_, Origin::MadeAgain, Alone::Boot) => {
+                start::start_after_kexec(kept.note(), &self.told, Some(Alone::Boot))?
+            }
+            (_, _, alone) => {
+                join_cgroup(kept.note());
+                start::start_after_death(kept, &self.told, alone)?
+            }
         };
-        run(kept, &self.told, left, early).or_else(|error| match kept.standing() {
+        start::run(kept, way.left, vmm).map(Some).or_else(|error| match kept.standing() {
             // It has the machine, though it could not say so.
             Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running => Ok(None),
-            Ok(Standing::Ready { .. }) | Err(_) => Err(error),
-            Ok(standing) => Err(error.context(not_ready(standing))),
+            Ok(Standing::Taken(_)) => Err(error.context("a process has claimed the machine, and lives")),
+            Ok(_) | Err(_) => Err(error),
         })
     }
 
@@ -253,15 +363,14 @@ impl Holder {
         let mut clients = Vec::new();
         let mut listening = None;
         while let Some(listener) = listening.take().or_else(|| self.listen()) {
-            let Some((channel, request)) = next(&listener, &mut clients) else { continue };
+            let Some((channel, request)) = clients::next(&listener, &mut clients) else { continue };
             match request {
-                Request::Revive { program } => {
+                Request::Revive { .. } | Request::Recover { .. } => {
                     // The VMM is to have the path.
                     drop(listener);
-                    self.told.program = program.or(self.told.program.take());
-                    match self.revive(&channel) {
-                        Ok(report) => {
-                            tell(&channel, &Answer::Report(report.map(Box::new)));
+                    match self.try_again(&channel, request) {
+                        Ok(answer) => {
+                            tell(&channel, &answer);
                             break;
                         }
                         Err(error) => why = format!("{error:#}"),
@@ -269,8 +378,13 @@ impl Holder {
                     tell(&channel, &Answer::Held(self.held(&why)));
                 }
                 Request::Stop => {
-                    tell(&channel, &Answer::Stopped);
+                    // Those who keep it as well are among them.
+                    [&channel].into_iter().chain(&clients).for_each(|one| tell(one, &Answer::Stopped));
                     break;
+                }
+                Request::Custody => {
+                    self.give_custody(&channel);
+                    listening = Some(listener);
                 }
                 _ => {
                     tell(&channel, &Answer::Held(self.held(&why)));
@@ -282,14 +396,40 @@ impl Holder {
         self.end();
     }
 
+    fn try_again(&mut self, channel: &Channel, request: Request) -> anyhow::Result<Answer> {
+        match request {
+            Request::Recover { otherwise, program } => {
+                self.told.program = program.or(self.told.program.take());
+                self.recover(otherwise).map(Answer::Recovered)
+            }
+            Request::Revive { program } => {
+                self.told.program = program.or(self.told.program.take());
+                self.revive(channel)
+            }
+            other => bail!("not to be tried: {other:?}"),
+        }
+    }
+
+    /// Gives what is here, so that this process's end is not the machine's either.
+    fn give_custody(&self, channel: &Channel) {
+        let Some(kept) = self.here() else {
+            return tell(channel, &Answer::Error("the machine's memory is not here yet".to_owned()));
+        };
+        let (note, pid) = (kept.note().clone(), process::id());
+        let (vcpus, origin) = (self.vcpus.len(), kept.origin());
+        let custody = Custody { note, vcpus, pid, origin, on_oom: OnOom::Keep };
+        let fds: Vec<BorrowedFd<'_>> = kept.regions().chain(self.vcpus.iter().map(AsFd::as_fd)).collect();
+        if let Err(error) = control::send_with(channel, &Answer::Custody(Box::new(custody)), &fds) {
+            debug!(error = &*error, "nobody keeps the machine");
+        }
+    }
+
     /// Listens at the machine's socket, however long it takes to get there: an end of this process would be the
     /// machine's. `None` if it has come to run meanwhile.
     fn listen(&self) -> Option<Listener> {
         let mut said = None;
         loop {
-            if let Some(State::Kept(kept, _)) = &self.state
-                && runs(kept)
-            {
+            if self.here().is_some_and(runs) {
                 return None;
             }
             let made = self.told.make_directory();
@@ -319,6 +459,13 @@ impl Holder {
     }
 }
 
+/// A VMM that this process starts is to be in the machine's cgroup.
+fn join_cgroup(note: &custody::Note) {
+    if let Err(error) = room::join_cgroup(note) {
+        warn!(error = &*error, "the machine is not in its own cgroup");
+    }
+}
+
 impl Hold {
     /// The directory may be another one in this life, or none.
     fn make_directory(&self) -> anyhow::Result<()> {
@@ -328,10 +475,12 @@ impl Hold {
     }
 }
 
-/// Why nobody can run it who begins now.
-fn not_ready(standing: Standing) -> String {
+/// How the machine stands, and what that means for whoever wants to run it.
+fn stands(standing: Standing) -> String {
     match standing {
-        Standing::Ready { .. } => "the machine can run".to_owned(),
+        Standing::Ready { .. } => {
+            "it was sealed, so its state is complete to the last instant, and it can run on".to_owned()
+        }
         Standing::Taken(word) => format!(
             "a process has claimed the machine, lives, and does not run it: end that one first (its ownership word is {word:?})"
         ),
@@ -339,135 +488,15 @@ fn not_ready(standing: Standing) -> String {
             "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
                 .to_owned()
         }
-        Standing::RanOn(_) => {
-            "the machine ran under this kernel, and its VMM has died: its memory is later than its vCPUs' state".to_owned()
-        }
-    }
-}
-
-/// How the machine stands once a claimant that another holder has left behind has gone on, or has died.
-fn settled(kept: &Kept) -> anyhow::Result<Standing> {
-    let until = Deadline::after(CLAIM);
-    loop {
-        match kept.standing()? {
-            Standing::Taken(word) if word.state() == OwnershipState::Claimed && !until.has_passed() => {
-                thread::sleep(LOOK);
-            }
-            standing => return Ok(standing),
-        }
+        Standing::RanOn(_) => "its guest ran, so its vCPUs' state is lost; its memory is whole, and later than any state that was \
+             saved"
+            .to_owned(),
     }
 }
 
 /// A process runs the machine, and lives.
 fn runs(kept: &Kept) -> bool {
     matches!(kept.standing(), Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running)
-}
-
-/// Gives the machine to a VMM: the one that was started early, or a new one.
-fn run(kept: &Kept, hold: &Hold, left: Left, early: Option<Vmm>) -> anyhow::Result<Option<KexecReport>> {
-    let Vmm { agreed, mut started } = early.map_or_else(|| start(kept.note(), hold), Ok)?;
-    let mut step = |step: Step| debug!(%step, "holder");
-    let last = serde_json::to_value(kept.when())?;
-    let agreed = agreed.join().map_err(|_| anyhow!("the thread that offers the machine has panicked"))?;
-    match agreed.and_then(|agreed| kept.pass_on(agreed, left, last, &mut step)) {
-        Ok(passed) => {
-            started.let_go();
-            let told: measure::Told = serde_json::from_value(passed.vmm).unwrap_or_default();
-            Ok(told.kexec)
-        }
-        Err(reason) => {
-            let ended = started.ended(DEATH);
-            let ended = ended.map_or(String::new(), |status| format!(" (its program ended: {status})"));
-            // One that runs the machine is not to be killed for its silence. Any other cannot run it from here on, however late
-            // it goes on.
-            match kept.revoke(left) {
-                Err(error) if error.is_lost() => started.let_go(),
-                Err(error) => {
-                    warn!(error = &error as &dyn std::error::Error, "the machine's claim stands");
-                    drop(started);
-                }
-                Ok(()) => drop(started),
-            }
-            bail!("{:#}{ended}", anyhow::Error::new(reason))
-        }
-    }
-}
-
-/// How long a VMM may take. It enters all of the memory's pages before it is ready.
-fn timeouts(note: &Note) -> Timeouts {
-    let whole: u64 = note.regions.iter().sum();
-    let default = Timeouts::default();
-    Timeouts { prepare: default.prepare + Duration::from_secs(whole >> 30), ..default }
-}
-
-fn told_of(note: &Note) -> anyhow::Result<Told> {
-    serde_json::from_value(note.vmm.clone()).context("cannot read what the machine's last VMM tells")
-}
-
-/// Starts a VMM, which prepares what it can before the memory is here.
-fn start(note: &Note, hold: &Hold) -> anyhow::Result<Vmm> {
-    let mut told = told_of(note)?;
-    let confine = told.spec.confine;
-    // The directory may be another one in this life.
-    told.spec.socket = Some(hold.socket.clone());
-    hold.make_directory()?;
-    let crossing = told.crossing.get_or_insert_default();
-    let sealed = note.sealed.as_ref().map(|sealed| &sealed.when);
-    [sealed, Some(&hold.when)].into_iter().flatten().for_each(|when| crossing.when.extend(when));
-    let mut prospect = note.prospect(Origin::MadeAgain, serde_json::Value::Null, timeouts(note));
-    let path = hold.program.as_ref().unwrap_or(&note.program);
-    let program = Program::open(path, std::slice::from_ref(path))?;
-    let confine = (confine != Confine::No).then_some("--confine");
-    let words = ["vmm", "--detach"].into_iter().chain(confine).chain(["succeed"]);
-    let log = hold.log.as_ref().and_then(|log| OpenOptions::new().create(true).append(true).open(log).ok());
-    let log = log.map_or_else(Stdio::inherit, Stdio::from);
-    let (channel, started) = program.start_with(words, Stdio::null(), log)?;
-    spare_no_vmm(started.pid());
-    let agreed = thread::Builder::new().name("offer".to_owned()).spawn(move || {
-        told.crossing.iter_mut().for_each(Crossing::look_around);
-        prospect.vmm = serde_json::to_value(told).unwrap_or_default();
-        prospect.offer(channel)
-    })?;
-    Ok(Vmm { agreed, started })
-}
-
-/// Who asks for something, of those who have come or come now; `None` if nobody can come here any more.
-fn next(listener: &Listener, clients: &mut Vec<Channel>) -> Option<(Channel, Request)> {
-    loop {
-        let fds: Vec<_> = clients.iter().map(AsFd::as_fd).chain([listener.as_fd()]).collect();
-        let place = match fdpass::ready(&fds, Deadline::never()) {
-            Ok(ready) => ready.first().copied()?,
-            Err(error) => {
-                warn!(%error, "cannot wait for who comes");
-                thread::sleep(AGAIN);
-                return None;
-            }
-        };
-        if place == clients.len() {
-            accept(listener, clients);
-            continue;
-        }
-        let channel = clients.remove(place);
-        match control::receive(&channel, Deadline::after(Duration::ZERO)) {
-            Ok(Some(request)) => return Some((channel, request)),
-            other => debug!(?other, "somebody asks for nothing any more"),
-        }
-    }
-}
-
-fn accept(listener: &Listener, clients: &mut Vec<Channel>) {
-    match listener.accept(Deadline::after(Duration::ZERO)) {
-        Ok(channel) if channel.require_same_user().is_ok() => {
-            // Whoever has been silent for longest makes room.
-            clients.drain(..clients.len().saturating_sub(MAX_CLIENTS - 1));
-            clients.push(channel);
-        }
-        Ok(_) => {}
-        Err(error) => {
-            debug!(%error, "somebody did not stay");
-            thread::sleep(LOOK);
-        }
-    }
 }
 
 /// Waits until a holder that was started is on its own: nobody ends it by ending who started it, from then on.
@@ -481,11 +510,10 @@ pub fn await_ready(channel: &Channel) -> anyhow::Result<()> {
     }
 }
 
-/// Has a holder hold a machine, from the side of who started it: gives it the session.
+/// Has a holder hold a machine, from the side of who started it: gives it what [it brings](Hold::brings).
 ///
 /// # Errors
 /// If it cannot be reached.
-pub fn give(channel: &Channel, hold: &Hold, session: &Incoming) -> anyhow::Result<()> {
-    let bytes = serde_json::to_vec(hold)?;
-    channel.send(&bytes, &[session.as_fd()], Deadline::after(REQUEST)).context("cannot reach the holder")
+pub fn give(channel: &Channel, hold: &Hold, fds: &[BorrowedFd<'_>]) -> anyhow::Result<()> {
+    control::send_with(channel, hold, fds).context("cannot reach the holder")
 }

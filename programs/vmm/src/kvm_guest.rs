@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -430,6 +432,10 @@ impl Served for KvmGuest {
 
     fn vm_object(&self) -> Option<&Arc<VmFd>> {
         Some(self.vm.fd())
+    }
+
+    fn vcpus(&self) -> Vec<BorrowedFd<'_>> {
+        self.vcpus.iter().map(VcpuThread::as_fd).collect()
     }
 
     fn health(&self) -> &Health {

@@ -29,6 +29,28 @@ use crate::serve::Told;
 use crate::serve::Vmm;
 
 impl Vmm {
+    /// What whoever runs the machine next is told, if nothing but its memory gets there.
+    pub(crate) fn told_alone(&self) -> Told {
+        Told {
+            spec: self.spec.clone(),
+            before_pause: self.guest.guest.before_pause(),
+            // The guest would wait for it.
+            populate: false,
+            probe: false,
+            held: self.guest.held,
+            clients: Vec::new(),
+            consoles: Vec::new(),
+            programs: self.programs.clone(),
+            history: self.history,
+            answered: None,
+            parts: false,
+            faults: self.faults(),
+            crossing: None,
+            crossed: self.crossed.clone(),
+            alone: None,
+        }
+    }
+
     /// Does what whoever asked wants to have done for a kexec, until it has enough or is gone: then everything is as
     /// before, if this kernel is still there.
     pub(crate) fn preserve(&mut self, client: ClientId, session: Option<OwnedFd>) -> anyhow::Result<After> {
@@ -53,23 +75,8 @@ impl Vmm {
     fn kexec_offer(&self) -> anyhow::Result<Offer> {
         self.guest.guest.before_freeze()?;
         let history = History { lived_ns: self.history.age_ns(), ..self.history };
-        let told = Told {
-            spec: self.spec.clone(),
-            before_pause: self.guest.guest.before_pause(),
-            // The guest would wait for it; and the kernel gives memory without holes.
-            populate: false,
-            probe: false,
-            held: self.guest.held,
-            clients: Vec::new(),
-            consoles: Vec::new(),
-            programs: self.programs.clone(),
-            history,
-            answered: None,
-            parts: false,
-            faults: self.faults(),
-            crossing: Some(Crossing::begin(&*self.guest.guest)),
-            crossed: None,
-        };
+        let crossing = Some(Crossing::begin(&*self.guest.guest));
+        let told = Told { history, crossing, crossed: None, ..self.told_alone() };
         Ok(Offer {
             formats: self.guest.guest.formats(),
             program: Program::this_path().context("cannot find this program")?,

@@ -43,6 +43,7 @@ use crate::guest::AnyGuest;
 use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::measure;
+use crate::remains::AtRest;
 
 /// What a VMM tells its successor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -73,6 +74,26 @@ pub(crate) struct Told {
     /// What the last kexec took.
     #[serde(default)]
     pub(crate) crossed: Option<KexecReport>,
+    /// The process that ran the machine is dead: nothing but its memory is left.
+    #[serde(default)]
+    pub(crate) alone: Option<Alone>,
+}
+
+/// What is to be done with a machine of which nothing but memory is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Alone {
+    /// It was sealed: its guest runs on.
+    RunOn,
+    /// Its guest starts from the beginning.
+    Boot,
+}
+
+impl Told {
+    /// Nobody who was connected is there still, and no file is open.
+    pub(crate) fn is_left(&self) -> bool {
+        self.crossing.is_some() || self.alone.is_some()
+    }
 }
 
 /// Who asked for an update, and the process that is to answer.
@@ -95,6 +116,9 @@ pub(crate) struct History {
     /// How many kernels it has left.
     #[serde(default)]
     pub(crate) kexecs: u64,
+    /// How many of its VMMs have died.
+    #[serde(default)]
+    pub(crate) recoveries: u64,
 }
 
 impl History {
@@ -122,6 +146,8 @@ pub(crate) struct Vmm {
     pub(crate) crossed: Option<KexecReport>,
     /// What the last update took since then.
     pub(crate) updated: Option<UpdateReport>,
+    /// The guest stands still, and the machine is sealed: should this process die, it can run on.
+    pub(crate) at_rest: AtRest,
 }
 
 /// What is left to do after a request.
@@ -160,10 +186,22 @@ impl Vmm {
         programs: Vec<PathBuf>,
     ) -> Self {
         let words = MemoryWords::of(&spec, &machine);
-        let history = History { made_ns: monotonic_ns(), updates: 0, lived_ns: 0, kexecs: 0 };
+        let history = History { made_ns: monotonic_ns(), updates: 0, lived_ns: 0, kexecs: 0, recoveries: 0 };
         let guest = AnyGuest { guest, held: false };
-        let (confined, crossed, updated) = (Confine::No, None, None);
-        Self { spec, machine, guest, words, clients, backends, programs, history, confined, crossed, updated }
+        Self {
+            spec,
+            machine,
+            guest,
+            words,
+            clients,
+            backends,
+            programs,
+            history,
+            confined: Confine::No,
+            crossed: None,
+            updated: None,
+            at_rest: AtRest::default(),
+        }
     }
 
     /// Gives up what is not needed while the guest runs, if the machine is to be confined.
@@ -180,6 +218,8 @@ impl Vmm {
         // The bell goes on ringing. That the guest has ended is not enough to stop listening: it may have ended while
         // something else was done.
         let mut heard = false;
+        self.tell_keepers();
+        self.rest();
         loop {
             let bell = (!heard).then(|| self.guest.guest.health().as_fd());
             let after = match self.clients.wait(bell)? {
@@ -194,11 +234,15 @@ impl Vmm {
             if matches!(after, After::End) {
                 return Ok(());
             }
+            self.rest();
         }
     }
 
     fn act(&mut self, client: ClientId, request: Request, fd: Option<OwnedFd>) -> anyhow::Result<After> {
         debug!(?request, "request");
+        if !request.leaves_at_rest() {
+            self.rise()?;
+        }
         let answer = match request {
             Request::Status => Answer::Status(Box::new(self.status())),
             Request::Check => self.check(client),
@@ -209,6 +253,13 @@ impl Vmm {
             Request::GoOn => Answer::WentOn { pause_us: None },
             Request::Revive { .. } => {
                 Answer::Error("the machine runs: there is nothing to revive".to_owned())
+            }
+            Request::Recover { .. } => {
+                Answer::Error("the machine runs: there is nothing to recover".to_owned())
+            }
+            Request::Custody => {
+                self.give_custody(client);
+                return Ok(After::Go);
             }
             Request::Report => Answer::Report(self.crossed.clone().map(Box::new)),
             Request::LastUpdate => Answer::LastUpdate(self.updated.clone().map(Box::new)),
@@ -269,6 +320,9 @@ impl Vmm {
         match self.guest.pause() {
             Ok(()) => {
                 self.guest.held = true;
+                // First: should this process die as soon as the machine is sealed, it is known that it stands still.
+                self.tell_keepers();
+                self.rest();
                 Answer::Paused
             }
             Err(error) => {
@@ -285,7 +339,9 @@ impl Vmm {
         if !std::mem::replace(&mut self.guest.held, false) {
             return Answer::Resumed;
         }
-        match self.guest.resume() {
+        let resumed = self.guest.resume();
+        self.tell_keepers();
+        match resumed {
             Ok(()) => Answer::Resumed,
             Err(error) => Answer::Error(format!("cannot resume the guest: {error}")),
         }
@@ -295,6 +351,7 @@ impl Vmm {
     fn ended(&mut self, heard: &mut bool) -> anyhow::Result<After> {
         let Some(end) = self.guest.guest.health().ended() else { return Ok(After::Go) };
         warn!(%end, "the guest has ended");
+        self.rise()?;
         // The others must not run on without one of them.
         self.guest.pause()?;
         let then = match end {
@@ -321,11 +378,18 @@ impl Vmm {
 
     fn restart(&mut self) -> anyhow::Result<()> {
         self.backends.faults().clear();
-        self.guest.guest = first::boot_again(&self.spec, &self.machine, &self.backends)?;
+        self.guest.guest = first::boot_again(
+            &self.spec,
+            &self.machine.memories()[0].inode,
+            self.machine.identity(),
+            &self.backends,
+        )?;
         if !self.guest.held {
             self.guest.guest.start()?;
         }
         guest::serves(&*self.guest.guest, &self.machine);
+        // The vCPUs are others.
+        self.tell_keepers();
         Ok(())
     }
 
@@ -370,6 +434,8 @@ impl Vmm {
             epoch: self.machine.ownership().ok().map(OwnershipWord::epoch),
             frozen: memory.inode.is_frozen(),
             last_pause_us: self.last_pause_us(),
+            kept: self.clients.keepers().next().is_some(),
+            recoveries: self.history.recoveries,
         }
     }
 }

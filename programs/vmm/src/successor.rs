@@ -1,5 +1,6 @@
 //! A VMM that takes a machine over.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,10 +10,13 @@ use anyhow::bail;
 use custody::When;
 use exec::Handoff;
 use fdpass::monotonic_ns;
+use gmem::Inode;
 use liveupdate::moment::Moment;
 use liveupdate::moment::TscRate;
+use machine::Identity;
 use machine::Incoming;
 use machine::Machine;
+use machine::StateName;
 use machine::update::Observer;
 use machine::update::Timeline;
 use serde::Deserialize as _;
@@ -28,6 +32,7 @@ use crate::confine::Confine;
 use crate::control::Answer;
 use crate::control::GuestKind;
 use crate::control::UpdateReport;
+use crate::first;
 use crate::guest;
 use crate::guest::AnyGuest;
 use crate::guest::Health;
@@ -39,6 +44,8 @@ use crate::kvm_guest::NewVm;
 use crate::kvm_guest::Setup;
 use crate::measure;
 use crate::measure::Before;
+use crate::remains::AtRest;
+use crate::serve::Alone;
 use crate::serve::Answered;
 use crate::serve::History;
 use crate::serve::Told;
@@ -89,14 +96,14 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
         (taken, _) => taken?,
     };
     match taken {
-        Some((running, prepared)) => serve(begin(running, prepared, !executed_again, observer)?),
+        Some((running, loaded)) => serve(begin(running, loaded, !executed_again, observer)?),
         None => Ok(()),
     }
 }
 
 /// Takes the machine over; `None` if that was only to be rehearsed. Until it returns, nothing has happened that the
 /// predecessor could not undo.
-fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Option<(Running, Prepared)>> {
+fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Option<(Running, Loaded)>> {
     // Before the memory: after a kexec it takes its time to come, and the guest waits.
     let ahead = Ahead::make(successor.vmm());
     let mut attached = successor.attach(observer)?;
@@ -119,11 +126,14 @@ fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Opt
         Err(error) => return Err(error.into()),
     };
     prepared.hear(handed.vmm());
-    if let Err(error) = prepared.guest.load(handed.states()) {
-        handed.give_up(&error.to_string());
-        return Err(error.into());
-    }
-    Ok(Some((handed.run(observer)?, prepared)))
+    let loaded = match prepared.load(handed.states()) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            handed.give_up(&format!("{error:#}"));
+            return Err(error);
+        }
+    };
+    Ok(Some((handed.run(observer)?, loaded)))
 }
 
 /// Serves, as confined as the machine is to be. That this cannot be is no reason to lose the guest.
@@ -148,9 +158,9 @@ impl Ahead {
         let told = Told::deserialize(told).context("cannot read what the predecessor tells");
         let is_kvm = told.as_ref().is_ok_and(|told| told.spec.guest == GuestKind::Kvm);
         let vm = is_kvm.then(NewVm::make).and_then(Result::ok);
-        // No descriptor lives through a kexec. After anything else they come with the memory.
-        let crossed = told.as_ref().ok().filter(|told| told.crossing.is_some());
-        let backends = crossed.and_then(|told| Backends::open(&told.spec).ok());
+        // Else they come with the memory.
+        let left = told.as_ref().ok().filter(|told| told.is_left());
+        let backends = left.and_then(|told| Backends::open(&told.spec).ok());
         Self { begun, told, backends, vm }
     }
 }
@@ -161,7 +171,15 @@ struct Prepared {
     told: Told,
     clients: Clients,
     backends: Arc<Backends>,
-    guest: Box<dyn Served>,
+    guest: Next,
+}
+
+/// What the machine's next guest is.
+enum Next {
+    /// One that is to be loaded.
+    Goes(Box<dyn Served>),
+    /// One that starts from the beginning, which is made when the memory is this process's to write.
+    Boots { memory: Arc<Inode>, identity: Identity },
 }
 
 impl Prepared {
@@ -169,10 +187,9 @@ impl Prepared {
         let Ahead { begun, told, backends, vm } = ahead;
         let told = told?;
         let socket = told.spec.socket.as_deref();
-        let (clients, backends) = match &told.crossing {
-            // Nobody who was connected is there still.
-            Some(_) => (Clients::fresh(socket)?, backends.map_or_else(|| Backends::open(&told.spec), Ok)?),
-            None => {
+        let (clients, backends) = match told.is_left() {
+            true => (Clients::fresh(socket)?, backends.map_or_else(|| Backends::open(&told.spec), Ok)?),
+            false => {
                 let clients = Clients::adopt(incoming.fds(), &told.clients, socket)?;
                 (clients, Backends::adopt(&told.spec, incoming.fds(), &told.consoles)?)
             }
@@ -186,17 +203,35 @@ impl Prepared {
             );
         };
         let vcpus = u32::try_from(incoming.vcpus()).context("more vCPUs than any VM has")?;
+        let identity = incoming.identity();
+        if told.alone == Some(Alone::Boot) {
+            let guest = Next::Boots { memory: Arc::clone(memory), identity };
+            return Ok(Self { begun, told, clients, backends, guest });
+        }
         let health = Health::well()?;
         let guest: Box<dyn Served> = match told.spec.guest {
             GuestKind::Kvm => {
-                let (spec, identity) = (&told.spec, incoming.identity());
+                let spec = &told.spec;
                 let setup = Setup { spec, memory, identity, backends: &backends, health };
                 let vm = vm.map_or_else(NewVm::make, Ok)?;
                 Box::new(KvmGuest::prepare(vm, &setup, vcpus, &told.before_pause)?)
             }
             GuestKind::Thread => Box::new(ThreadGuest::prepare(memory, vcpus, health)?),
         };
-        Ok(Self { begun, told, clients, backends, guest })
+        Ok(Self { begun, told, clients, backends, guest: Next::Goes(guest) })
+    }
+
+    /// Makes the guest whole, in a machine that is claimed.
+    fn load(self, states: &BTreeMap<StateName, Vec<u8>>) -> anyhow::Result<Loaded> {
+        let Self { begun, told, clients, backends, guest } = self;
+        let guest = match guest {
+            Next::Goes(mut guest) => {
+                guest.load(states)?;
+                guest
+            }
+            Next::Boots { memory, identity } => first::boot_again(&told.spec, &memory, identity, &backends)?,
+        };
+        Ok(Loaded { begun, told, clients, backends, guest })
     }
 
     /// Takes in what the predecessor tells at last.
@@ -205,7 +240,18 @@ impl Prepared {
             crossing.when.extend(&when);
         }
     }
+}
 
+/// What is ready once the state is there.
+struct Loaded {
+    begun: Option<Moment>,
+    told: Told,
+    clients: Clients,
+    backends: Arc<Backends>,
+    guest: Box<dyn Served>,
+}
+
+impl Loaded {
     /// Lets the guest run, whose machine is this process's now.
     fn start(&mut self, machine: &Machine) -> anyhow::Result<(Option<MemoryWords>, Before)> {
         let words = MemoryWords::of(&self.told.spec, machine);
@@ -245,7 +291,10 @@ impl Prepared {
     fn serve(self, machine: Machine, words: Option<MemoryWords>, updated: bool) -> Vmm {
         let Self { told, clients, backends, guest, .. } = self;
         let guest = AnyGuest { guest, held: told.held };
-        let history = History { updates: told.history.updates + u64::from(updated), ..told.history };
+        let History { updates, recoveries, .. } = told.history;
+        let recovered = u64::from(told.alone.is_some());
+        let updates = updates + u64::from(updated && told.alone.is_none());
+        let history = History { updates, recoveries: recoveries + recovered, ..told.history };
         let Told { spec, programs, crossed, .. } = told;
         let confined = Confine::No;
         Vmm {
@@ -260,6 +309,7 @@ impl Prepared {
             confined,
             crossed,
             updated: None,
+            at_rest: AtRest::default(),
         }
     }
 }
@@ -267,15 +317,15 @@ impl Prepared {
 /// Lets the guest run, and makes its machine ready for the next update. It `is_updated`, or back where it was.
 fn begin(
     running: Running,
-    mut prepared: Prepared,
+    mut loaded: Loaded,
     is_updated: bool,
     observer: &mut dyn Observer,
 ) -> anyhow::Result<Vmm> {
-    let (words, before) = prepared.start(running.machine())?;
+    let (words, before) = loaded.start(running.machine())?;
     let mut seen = measure::Told::default();
     let timeline = running.timeline().clone();
     let tell = || {
-        seen = prepared.seen(words.as_ref(), before, &timeline);
+        seen = loaded.seen(words.as_ref(), before, &timeline);
         serde_json::to_value(&seen).unwrap_or_default()
     };
     let (settled, parting) = running.settle_and_part(observer, tell);
@@ -285,16 +335,16 @@ fn begin(
         unsettled.machine
     });
     let mut updated = None;
-    if prepared.told.answered.is_some() || prepared.told.parts {
-        match (parting.was_told(FAREWELL), prepared.told.answered) {
+    if loaded.told.answered.is_some() || loaded.told.parts {
+        match (parting.was_told(FAREWELL), loaded.told.answered) {
             (Some(last), _) => updated = UpdateReport::deserialize(last).ok(),
             (None, Some(Answered { client, by })) => {
                 let report = measure::report_of_death(by, &seen);
-                prepared.clients.tell(client, &Answer::Update(Box::new(report.clone())));
+                loaded.clients.tell(client, &Answer::Update(Box::new(report.clone())));
                 updated = Some(report);
             }
             (None, None) => {}
         }
     }
-    Ok(Vmm { updated, ..prepared.serve(machine, words, is_updated) })
+    Ok(Vmm { updated, ..loaded.serve(machine, words, is_updated) })
 }

@@ -126,6 +126,7 @@ impl Vmm {
             faults: self.faults(),
             crossing: None,
             crossed: self.crossed.clone(),
+            alone: None,
         };
         Ok(serde_json::to_value(told)?)
     }

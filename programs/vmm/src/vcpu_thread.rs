@@ -3,6 +3,9 @@
 //! Every order to run has a number, its *turn*, and the answer to the stop that ends it bears the same one. So an answer
 //! that comes too late to be waited for is known as such, and a vCPU that ended by itself has answered already.
 
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicI32;
@@ -77,6 +80,14 @@ pub(crate) struct VcpuThread {
     /// The vCPU before it runs for the first time: its state is loaded here, without waking another thread.
     idle: Option<Box<Hand>>,
     moments: Arc<Moments>,
+    /// A second descriptor of the vCPU, to be given away.
+    descriptor: OwnedFd,
+}
+
+impl AsFd for VcpuThread {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
 }
 
 impl VcpuThread {
@@ -92,6 +103,7 @@ impl VcpuThread {
         let (orders, received) = mpsc::channel();
         let (answer, replies) = mpsc::channel();
         let kicker = vcpu.kicker();
+        let descriptor = vcpu.descriptor().map_err(below("copy the vCPU's descriptor"))?;
         let may_run = Arc::new(AtomicBool::new(false));
         let moments = Arc::new(Moments::default());
         let hand = Hand {
@@ -126,6 +138,7 @@ impl VcpuThread {
             turn: 0,
             idle: Some(Box::new(hand)),
             moments,
+            descriptor,
         })
     }
 

@@ -4,6 +4,7 @@
 //!   arrives whole or not at all, with the file descriptors that were sent with it.
 //! - A [`Message`] is what came: bytes, and descriptors that the receiver now owns. The bytes are
 //!   an allegation of the peer's; so is the kind of file behind each descriptor.
+//! - [`Lines`] are the same over a stream, for who speaks in lines of text.
 //! - A [`Listener`] waits at a path, in a directory that nobody else can enter, for [`connect`].
 //! - A [`Peer`] is who held the other end when the two were joined, as the kernel says it.
 //! - A [`Pidfd`] tells when a process is gone, which a closed channel alone does not: a channel can
@@ -42,6 +43,7 @@ mod clock;
 mod credentials;
 mod deadline;
 mod kind;
+mod lines;
 mod listener;
 mod peer;
 
@@ -52,5 +54,6 @@ pub use channel::{
 pub use clock::monotonic_ns;
 pub use deadline::{Deadline, ready};
 pub use kind::{Kind, kind};
+pub use lines::{Line, LineError, LineListener, Lines, MAX_LINE_BYTES, connect_lines};
 pub use listener::{AcceptError, AdoptListenerError, BindError, ConnectError, Listener, connect};
 pub use peer::{Peer, PeerError, Pidfd, PidfdError, WaitExitError};

@@ -224,6 +224,11 @@ impl Listener {
     ///
     /// [`BindError`].
     pub fn bind(path: &Path) -> Result<Self, BindError> {
+        Self::bind_as(path, SocketType::SEQPACKET)
+    }
+
+    /// The same, of a socket of this type.
+    pub(crate) fn bind_as(path: &Path, kind: SocketType) -> Result<Self, BindError> {
         let failed = |action| {
             let path = path.to_owned();
             move |cause| BindError::Socket { action, path, cause }
@@ -234,13 +239,13 @@ impl Listener {
 
         let address = address_in(directory.as_fd(), name)
             .map_err(|_too_long| BindError::NameTooLong { path: path.to_owned() })?;
-        let socket = seqpacket(SocketFlags::NONBLOCK).map_err(failed("make"))?;
+        let socket = make(kind, SocketFlags::NONBLOCK).map_err(failed("make"))?;
         // The kernel takes the file's mode from here, so it is never open to others.
         fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(failed("close to others"))?;
         match bind(&socket, &address) {
             Ok(()) => {}
             Err(Errno::ADDRINUSE) => {
-                remove_stale(directory.as_fd(), name, &address, path)?;
+                remove_stale(directory.as_fd(), name, &address, path, kind)?;
                 bind(&socket, &address).map_err(failed("bind"))?;
             }
             Err(cause) => return Err(failed("bind")(cause)),
@@ -259,12 +264,20 @@ impl Listener {
     ///
     /// [`AdoptListenerError`] if the descriptor listens at no such path.
     pub fn adopt(socket: OwnedFd, path: &Path) -> Result<Self, AdoptListenerError> {
+        Self::adopt_as(socket, path, SocketType::SEQPACKET)
+    }
+
+    pub(crate) fn adopt_as(
+        socket: OwnedFd,
+        path: &Path,
+        kind: SocketType,
+    ) -> Result<Self, AdoptListenerError> {
         let other = || AdoptListenerError::Other { path: path.to_owned() };
         let ask = |cause| AdoptListenerError::Ask { path: path.to_owned(), cause };
         let (parent, name) = split(path).ok_or_else(other)?;
         let directory = open_private(parent).map_err(AdoptListenerError::Directory)?;
         let listens = sockopt::socket_domain(&socket) == Ok(AddressFamily::UNIX)
-            && sockopt::socket_type(&socket) == Ok(SocketType::SEQPACKET)
+            && sockopt::socket_type(&socket) == Ok(kind)
             && sockopt::socket_acceptconn(&socket) == Ok(true);
         // The kernel shows a bound socket's address as it was given, which held the number of a descriptor.
         let address = getsockname(&socket).map_err(ask)?;
@@ -297,10 +310,14 @@ impl Listener {
     ///
     /// [`AcceptError`].
     pub fn accept(&self, deadline: Deadline) -> Result<Channel, AcceptError> {
+        self.accept_socket(deadline).map(Channel::from_connected)
+    }
+
+    pub(crate) fn accept_socket(&self, deadline: Deadline) -> Result<OwnedFd, AcceptError> {
         let failed = |cause| AcceptError::Accept { cause };
         loop {
             match accept_with(&self.socket, SocketFlags::CLOEXEC) {
-                Ok(socket) => return Ok(Channel::from_connected(socket)),
+                Ok(socket) => return Ok(socket),
                 Err(Errno::INTR | Errno::CONNABORTED) => {}
                 Err(Errno::AGAIN) => {
                     if !wait(self.as_fd(), PollFlags::IN, deadline).map_err(failed)? {
@@ -342,6 +359,10 @@ impl Drop for Listener {
 ///
 /// [`ConnectError`].
 pub fn connect(path: &Path, deadline: Deadline) -> Result<Channel, ConnectError> {
+    connect_as(path, SocketType::SEQPACKET, deadline).map(Channel::from_connected)
+}
+
+pub(crate) fn connect_as(path: &Path, kind: SocketType, deadline: Deadline) -> Result<OwnedFd, ConnectError> {
     let failed = |cause| {
         let path = path.to_owned();
         match cause {
@@ -357,7 +378,7 @@ pub fn connect(path: &Path, deadline: Deadline) -> Result<Channel, ConnectError>
             .map_err(failed)?;
     let address = address_in(directory.as_fd(), name)
         .map_err(|_too_long| ConnectError::NameTooLong { path: path.to_owned() })?;
-    let socket = seqpacket(SocketFlags::empty()).map_err(failed)?;
+    let socket = make(kind, SocketFlags::empty()).map_err(failed)?;
     loop {
         // Zero would mean no limit.
         let left = deadline.remaining().map(|left| left.max(Duration::from_millis(1)));
@@ -369,7 +390,7 @@ pub fn connect(path: &Path, deadline: Deadline) -> Result<Channel, ConnectError>
         }
     }
     set_socket_timeout(&socket, Timeout::Send, None).map_err(failed)?;
-    Ok(Channel::from_connected(socket))
+    Ok(socket)
 }
 
 /// The directory and the name in it.
@@ -384,8 +405,8 @@ fn split(path: &Path) -> Option<(&Path, &OsStr)> {
     Some((parent, name))
 }
 
-fn seqpacket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
-    socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | flags, None)
+fn make(kind: SocketType, flags: SocketFlags) -> Result<OwnedFd, Errno> {
+    socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC | flags, None)
 }
 
 /// The address of `name` in the directory that is open, wherever that is by now.
@@ -446,6 +467,7 @@ fn remove_stale(
     name: &OsStr,
     address: &SocketAddrUnix,
     path: &Path,
+    kind: SocketType,
 ) -> Result<(), BindError> {
     let failed = |action| move |cause| BindError::Socket { action, path: path.into(), cause };
     let found = match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -458,7 +480,7 @@ fn remove_stale(
         return Err(BindError::NotASocket { path: path.into() });
     }
     // Non-blocking, so that a listener that is busy answers EAGAIN at once.
-    let probe = seqpacket(SocketFlags::NONBLOCK).map_err(failed("make"))?;
+    let probe = make(kind, SocketFlags::NONBLOCK).map_err(failed("make"))?;
     match rustix::net::connect(&probe, address) {
         Err(Errno::CONNREFUSED) => {
             unlinkat(directory, name, AtFlags::empty()).map_err(failed("remove the stale file of"))

@@ -107,10 +107,14 @@ impl Channel {
     ///
     /// [`PeerError`].
     pub fn require_same_user(&self) -> Result<Peer, PeerError> {
-        let peer = self.peer().map_err(|cause| PeerError::Ask { cause })?;
-        peer.require_user(geteuid().as_raw())?;
-        Ok(peer)
+        require_same_user(self.as_fd())
     }
+}
+
+pub(crate) fn require_same_user(socket: BorrowedFd<'_>) -> Result<Peer, PeerError> {
+    let peer = credentials::peer(socket).map_err(|cause| PeerError::Ask { cause })?;
+    peer.require_user(geteuid().as_raw())?;
+    Ok(peer)
 }
 
 impl Peer {

@@ -15,6 +15,7 @@
 use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use kvm_bindings::KVM_MEMORY_EXIT_FLAG_PRIVATE;
@@ -23,6 +24,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use crate::capabilities::Capabilities;
 use crate::ioctl::{self, XsaveLen};
 use crate::kick::{self, Bell, Kicker, SignalError};
+use crate::last_registers;
 use crate::vm::{Irqchip, Vm};
 
 /// Why a vCPU could not be made.
@@ -160,12 +162,13 @@ impl Vcpu {
     /// # Errors
     ///
     /// See [`VcpuError`].
-    pub fn adopt(vm: &Vm, fd: VcpuFd) -> Result<Self, VcpuError> {
+    pub fn adopt(vm: &Vm, mut fd: VcpuFd) -> Result<Self, VcpuError> {
         if !vm.capabilities().immediate_exit {
             return Err(VcpuError::NoImmediateExit);
         }
         kick::install_handler()?;
         let bell = Bell::new(&fd).map_err(VcpuError::Map)?;
+        last_registers::keep(&mut fd, vm.capabilities());
         Ok(Self {
             bell,
             xsave_len: XsaveLen::of(vm.fd(), &fd),
@@ -184,6 +187,17 @@ impl Vcpu {
     #[must_use]
     pub const fn fd(&self) -> &VcpuFd {
         &self.fd
+    }
+
+    /// A descriptor of it, for whoever is to read its [`LastRegisters`](crate::LastRegisters) one day.
+    ///
+    /// # Errors
+    ///
+    /// If this process can have no more descriptors.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the vCPU keeps its descriptor open, and is borrowed for longer than this is.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) };
+        fd.try_clone_to_owned()
     }
 
     /// Interrupt controllers of its VM.

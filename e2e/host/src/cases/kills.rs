@@ -158,7 +158,7 @@ fn dies_at_each_step() -> anyhow::Result<()> {
 /// One whose VMM dies once it runs the machine: its state is behind its memory for good. What all verbs say of it.
 fn ran_on() -> anyhow::Result<()> {
     let faulty = roles::faulty(Fault::Dies, Step::Running)?;
-    let words = "its memory is later than its vCPUs' state";
+    let words = "so its vCPUs' state is lost; its memory is whole";
     tideover::fails_with(&["resume", "ran", "--program", &faulty], HELD, words)?;
     tideover::fails_with(&["resume", "ran", "--program", PROGRAM], HELD, words)?;
     let (why, holder) = held("ran")?;

@@ -207,6 +207,8 @@ impl Tree {
             frozen: false,
             last_pause_us: None,
             through_kexec: true,
+            kept: false,
+            recoveries: 0,
         }
     }
 

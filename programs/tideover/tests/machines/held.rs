@@ -25,7 +25,13 @@ fn hold(host: &Host, name: &str, why: &str) {
     DirBuilder::new().mode(0o700).recursive(true).create(&host.directory).unwrap();
     let listener = Listener::bind(&host.directory.join(format!("{name}.sock"))).unwrap();
     let mut process = Command::new("sleep").arg("600").spawn().unwrap();
-    let held = Held { name: name.to_owned(), pid: process.id(), why: why.to_owned() };
+    let held = Held {
+        name: name.to_owned(),
+        pid: process.id(),
+        why: why.to_owned(),
+        left_behind: false,
+        complete: false,
+    };
     thread::spawn(move || {
         let mut stopped = false;
         while !stopped {

@@ -18,6 +18,7 @@ use machine::OwnershipState;
 use machine::SessionName;
 use socket::Left;
 use socket::Program;
+use vmm::Brings;
 use vmm::Hold;
 use vmm::control::Answer;
 use vmm::control::Client;
@@ -67,10 +68,10 @@ pub(super) fn run(name: &str) -> anyhow::Result<()> {
     }
     // One that dies at once, and one that does not.
     let (channel, started) = holder()?;
-    vmm::give(&channel, &hold(name), &session)?;
+    vmm::give(&channel, &hold(name), &[session.as_fd()])?;
     drop((channel, started));
     let (channel, started) = holder()?;
-    vmm::give(&channel, &hold(name), &session)?;
+    vmm::give(&channel, &hold(name), &[session.as_fd()])?;
     started.let_go();
     let answer = Client::new(channel).with_patience(3 * PATIENCE).answer(&mut |_, _, _| {})?;
     let Answer::Report(Some(report)) = answer else { bail!("{answer:?}") };
@@ -91,7 +92,14 @@ fn holder() -> anyhow::Result<(fdpass::Channel, socket::Started)> {
 
 fn hold(name: &str) -> Hold {
     let socket = PathBuf::from(tideover::DIRECTORY).join(format!("{name}.sock"));
-    Hold { name: name.to_owned(), socket, when: When::default(), program: None, log: None }
+    Hold {
+        name: name.to_owned(),
+        socket,
+        when: When::default(),
+        program: None,
+        log: None,
+        brings: Brings::Session,
+    }
 }
 
 /// The last descriptor of a session is closed, and nothing of it was retrieved.

@@ -9,7 +9,6 @@ use std::path::Path;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ::vmm::control::Client;
 use anyhow::Context as _;
 use anyhow::bail;
 use fdpass::ConnectError;
@@ -17,8 +16,10 @@ use fdpass::Deadline;
 use rustix::process::geteuid;
 use thiserror::Error;
 
+use crate::control::Client;
+
 /// What a control socket's file is called behind the machine's name.
-const SOCKET: &str = ".sock";
+pub const SOCKET: &str = ".sock";
 /// How long a VMM may take to accept a connection.
 const ACCEPT: Duration = Duration::from_secs(5);
 /// As long as a session's name, and short enough for a socket's file.
@@ -29,12 +30,13 @@ const LISTENS: &str = "00010000";
 /// There is no machine of this name.
 #[derive(Debug, Error)]
 #[error("there is no machine {name}: `tideover ls` lists those that there are")]
-pub(crate) struct NoMachine {
+pub struct NoMachine {
     name: String,
 }
 
 /// The directory of this user's machines.
-pub(crate) fn directory() -> PathBuf {
+#[must_use]
+pub fn directory() -> PathBuf {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(directory) = variable("TIDEOVER_DIR") {
         return directory;
@@ -49,20 +51,29 @@ pub(crate) fn directory() -> PathBuf {
 }
 
 /// The directory, made if it is not there. That it is private is checked where a socket is made in it.
-pub(crate) fn make_directory() -> anyhow::Result<PathBuf> {
+///
+/// # Errors
+/// If it cannot be made.
+pub fn make_directory() -> anyhow::Result<PathBuf> {
     let directory = directory();
     make(&directory)?;
     Ok(directory)
 }
 
 /// Makes a private directory if it is not there.
-pub(crate) fn make(directory: &Path) -> anyhow::Result<()> {
+///
+/// # Errors
+/// If it cannot be made.
+pub fn make(directory: &Path) -> anyhow::Result<()> {
     let made = DirBuilder::new().mode(0o700).recursive(true).create(directory);
     made.with_context(|| format!("cannot make the directory {}", directory.display()))
 }
 
 /// Checks a name before a file is called so.
-pub(crate) fn check_name(name: &str) -> anyhow::Result<()> {
+///
+/// # Errors
+/// If it is none.
+pub fn check_name(name: &str) -> anyhow::Result<()> {
     let fits = (1..=MAX_NAME).contains(&name.len());
     let letters = name.chars().all(|letter| letter.is_ascii_alphanumeric() || "._-".contains(letter));
     if fits && letters && !name.starts_with(['.', '-']) {
@@ -76,19 +87,26 @@ pub(crate) fn check_name(name: &str) -> anyhow::Result<()> {
 }
 
 /// Where the machine of this name is controlled.
-pub(crate) fn socket(directory: &Path, name: &str) -> PathBuf {
+#[must_use]
+pub fn socket(directory: &Path, name: &str) -> PathBuf {
     directory.join(format!("{name}{SOCKET}"))
 }
 
 /// What a machine's VMMs have to say goes on where the last one's ended.
-pub(crate) fn log(directory: &Path, name: &str) -> anyhow::Result<File> {
+///
+/// # Errors
+/// If the file cannot be opened.
+pub fn log(directory: &Path, name: &str) -> anyhow::Result<File> {
     let path = directory.join(format!("{name}.log"));
     let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
     file.with_context(|| format!("cannot write the log {}", path.display()))
 }
 
 /// Connects to a machine's VMM.
-pub(crate) fn connect(name: &str) -> anyhow::Result<Client> {
+///
+/// # Errors
+/// [`NoMachine`], or why its VMM cannot be reached.
+pub fn connect(name: &str) -> anyhow::Result<Client> {
     check_name(name)?;
     let channel = match fdpass::connect(&socket(&directory(), name), Deadline::after(ACCEPT)) {
         Ok(channel) => channel,
@@ -105,7 +123,8 @@ pub(crate) fn connect(name: &str) -> anyhow::Result<Client> {
 ///
 /// A socket is bound by way of its directory's descriptor, so the kernel tells the end of its path alone. Whoever listens has
 /// the directory open as well.
-pub(crate) fn process(name: &str) -> Option<u32> {
+#[must_use]
+pub fn process(name: &str) -> Option<u32> {
     let directory = std::fs::canonicalize(directory()).ok()?;
     let end = format!("/{name}{SOCKET}");
     let table = std::fs::read_to_string("/proc/net/unix").ok()?;
@@ -126,7 +145,10 @@ pub(crate) fn process(name: &str) -> Option<u32> {
 }
 
 /// Names of all machines, also of those whose VMM has died: their sockets are still there.
-pub(crate) fn names() -> anyhow::Result<Vec<String>> {
+///
+/// # Errors
+/// If the directory cannot be read.
+pub fn names() -> anyhow::Result<Vec<String>> {
     let directory = directory();
     let entries = match std::fs::read_dir(&directory) {
         Ok(entries) => entries,
