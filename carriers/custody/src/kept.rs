@@ -4,10 +4,10 @@ use std::os::fd::AsFd as _;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 
+use machine::OwnershipWord;
 use machine::update::Step;
 use socket::Agreed;
 use socket::Custody;
-use socket::Left;
 use socket::Origin;
 use socket::Passed;
 use socket::Prospect;
@@ -18,7 +18,6 @@ use crate::CustodyError;
 use crate::MAX_REGIONS;
 use crate::Note;
 use crate::NoteFile;
-use crate::Seen;
 use crate::Standing;
 use crate::When;
 use crate::standing::Regions;
@@ -108,22 +107,7 @@ impl Kept {
     /// # Errors
     /// [`CustodyError`]
     pub fn standing(&self) -> Result<Standing, CustodyError> {
-        let seen = self.file.seen().map_err(CustodyError::Note)?;
-        self.regions.standing(&self.note, self.origin, seen)
-    }
-
-    /// Writes down how the machine stands, before any other process is to run it: what that does to the ownership word says
-    /// no more what the machine's last VMM had done. Whoever has the note after this process reads it there.
-    ///
-    /// # Errors
-    /// [`CustodyError`]
-    pub fn remember(&self) -> Result<(), CustodyError> {
-        let seen = match self.standing()? {
-            Standing::Ready { sealed, .. } => Seen::Sealed(sealed),
-            Standing::RanOn(_) | Standing::NeverSealed(_) => Seen::RanOn,
-            Standing::Taken(_) => return Ok(()),
-        };
-        self.file.see(seen).map_err(CustodyError::Note)
+        self.regions.standing(&self.note)
     }
 
     /// Takes the machine, which was `left` so, from whoever has claimed it or is about to, and does not run it yet: it never will
@@ -132,7 +116,7 @@ impl Kept {
     ///
     /// # Errors
     /// [`CustodyError`], of which the one that [is lost](CustodyError::is_lost) says that the machine runs.
-    pub fn revoke(&self, left: Left) -> Result<(), CustodyError> {
+    pub fn revoke(&self, left: OwnershipWord) -> Result<(), CustodyError> {
         self.regions.revoke(&self.note, left)
     }
 
@@ -150,7 +134,7 @@ impl Kept {
     pub fn pass_on(
         &self,
         agreed: Agreed,
-        left: Left,
+        left: OwnershipWord,
         vmm: serde_json::Value,
         told: &mut dyn FnMut(Step),
     ) -> Result<Passed, Reason> {

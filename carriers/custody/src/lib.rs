@@ -19,7 +19,6 @@ pub use note::Note;
 pub use note::NoteError;
 pub use note::NoteFile;
 pub use note::Sealed;
-pub use note::Seen;
 pub use note::cgroup;
 pub use standing::CustodyError;
 pub use standing::Standing;

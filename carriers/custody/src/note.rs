@@ -102,42 +102,6 @@ pub fn cgroup() -> Option<String> {
     Some(list.lines().find_map(|line| line.strip_prefix("0::"))?.to_owned())
 }
 
-/// How a machine stood when the first process had it in its custody.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
-    /// Nobody has looked yet.
-    Nothing,
-    /// It was sealed, with this epoch: whatever was claimed since, that is its state.
-    Sealed(u32),
-    /// The process that ran it was dead: nothing that was saved belongs to its memory.
-    RanOn,
-}
-
-impl Seen {
-    const RAN_ON: u64 = 1 << 32;
-    const SEALED: u64 = 2 << 32;
-
-    fn bits(self) -> u64 {
-        match self {
-            Self::Nothing => 0,
-            Self::Sealed(epoch) => Self::SEALED | u64::from(epoch),
-            Self::RanOn => Self::RAN_ON,
-        }
-    }
-
-    /// What cannot have been written here is taken for the least.
-    fn from_bits(bits: u64) -> Self {
-        match (bits & !u64::from(u32::MAX), u32::try_from(bits & u64::from(u32::MAX))) {
-            (0, _) if bits == 0 => Self::Nothing,
-            (Self::SEALED, Ok(epoch)) => Self::Sealed(epoch),
-            _ => Self::RanOn,
-        }
-    }
-}
-
-/// Where [`Seen`] is: one word, written at once, in front of the note.
-const SEEN: u64 = 0;
-
 /// A file in memory with a note in it.
 #[derive(Debug)]
 pub struct NoteFile {
@@ -203,21 +167,6 @@ impl NoteFile {
         let text = note::read(&bytes).map_err(NoteError::Malformed)?;
         serde_json::from_str(&text).map_err(NoteError::Json)
     }
-
-    /// How the machine stood when somebody looked first.
-    pub(crate) fn seen(&self) -> Result<Seen, NoteError> {
-        let mut word = [0; 8];
-        self.file.read_exact_at(&mut word, SEEN).map_err(NoteError::Access)?;
-        Ok(Seen::from_bits(u64::from_le_bytes(word)))
-    }
-
-    /// Writes that down, once: who looks later sees no more than what others have done since.
-    pub(crate) fn see(&self, seen: Seen) -> Result<(), NoteError> {
-        if self.seen()? != Seen::Nothing {
-            return Ok(());
-        }
-        self.file.write_all_at(&seen.bits().to_le_bytes(), SEEN).map_err(NoteError::Access)
-    }
 }
 
 fn bytes(note: &impl Serialize) -> Result<Vec<u8>, NoteError> {
@@ -248,20 +197,5 @@ mod tests {
         assert!(matches!(file.read::<Vec<String>>(), Err(NoteError::Malformed(_))));
         assert!(matches!(file.write(&7), Err(NoteError::Room { .. })));
         assert!(matches!(NoteFile::make(&7).unwrap().read::<Vec<String>>(), Err(NoteError::Json(_))));
-    }
-
-    #[test]
-    fn what_was_seen_first_stays_and_what_cannot_be_is_the_least() {
-        for seen in [Seen::Sealed(0), Seen::Sealed(u32::MAX), Seen::RanOn] {
-            let file = NoteFile::make(&7).unwrap();
-            assert_eq!(file.seen().unwrap(), Seen::Nothing);
-            file.see(seen).unwrap();
-            file.see(Seen::Sealed(5)).unwrap();
-            assert_eq!(file.seen().unwrap(), seen);
-            assert_eq!(file.read::<u32>().unwrap(), 7);
-        }
-        for bits in [7, 3 << 32, Seen::RAN_ON | 1, u64::MAX] {
-            assert_eq!(Seen::from_bits(bits), Seen::RanOn, "{bits:#x}");
-        }
     }
 }

@@ -18,13 +18,10 @@ use region::Region;
 use region::RegionError;
 use region::liveness;
 use region::liveness::LivenessError;
-use socket::Left;
-use socket::Origin;
 use thiserror::Error;
 
 use crate::Note;
 use crate::NoteError;
-use crate::Seen;
 
 /// Why a machine that is kept cannot be used.
 #[derive(Debug, Error)]
@@ -68,23 +65,25 @@ impl CustodyError {
     }
 }
 
-/// How a machine stands that is kept.
+/// How a machine stands that is kept, by its ownership word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
-    /// Sealed, or claimed by a process that is dead (its word): it can be passed on.
-    Ready {
-        /// Epoch of the seal.
-        sealed: u32,
-        /// The dead one's claim.
-        claimed: Option<OwnershipWord>,
-    },
+    /// Sealed, or claimed by a process that is dead: it can be passed on with its state.
+    Ready(OwnershipWord),
     /// A process has sealed, claimed or runs it, and lives.
     Taken(OwnershipWord),
-    /// It was not sealed when the kernel went, which left this ownership word: its vCPUs' state is lost, and its memory whole.
-    NeverSealed(OwnershipWord),
-    /// It ran under this kernel, and the process that ran it is dead; or who was to recover it after that is. Its memory is later
-    /// than any state that was saved. That is the word that it left.
+    /// The process that ran it is dead, or went with its kernel; or who was to recover it after that. Its memory is whole, and
+    /// later than any state that was saved.
     RanOn(OwnershipWord),
+}
+
+impl Standing {
+    /// The word.
+    pub fn word(self) -> OwnershipWord {
+        match self {
+            Self::Ready(word) | Self::Taken(word) | Self::RanOn(word) => word,
+        }
+    }
 }
 
 /// A machine's regions, region 0 first.
@@ -95,27 +94,27 @@ pub(crate) struct Regions {
 
 impl Regions {
     /// See [`Kept::standing`](crate::Kept::standing).
-    pub(crate) fn standing(&self, note: &Note, origin: Origin, seen: Seen) -> Result<Standing, CustodyError> {
+    pub(crate) fn standing(&self, note: &Note) -> Result<Standing, CustodyError> {
         let region0 = self.region0(note)?;
         let word = ownership(&region0)?.read().map_err(CustodyError::Ownership)?;
-        let lives =
-            || liveness::is_held(region0.region(), word.nonce().get()).map_err(CustodyError::Liveness);
-        match origin {
-            Origin::MadeAgain => {
-                after_kexec(word, note.sealed.as_ref().map(|sealed| sealed.epoch), seen, lives)
-            }
-            Origin::LeftBehind => after_death(word, seen, lives),
-            Origin::Handed => Ok(Standing::Taken(word)),
+        // Of a kernel before this one none lives.
+        if liveness::is_held(region0.region(), word.nonce().get()).map_err(CustodyError::Liveness)? {
+            return Ok(Standing::Taken(word));
         }
+        Ok(match word.state() {
+            OwnershipState::Sealed | OwnershipState::Claimed => Standing::Ready(word),
+            OwnershipState::Running | OwnershipState::Recovering => Standing::RanOn(word),
+        })
     }
 
     /// See [`Kept::revoke`](crate::Kept::revoke).
-    pub(crate) fn revoke(&self, note: &Note, left: Left) -> Result<(), CustodyError> {
+    pub(crate) fn revoke(&self, note: &Note, left: OwnershipWord) -> Result<(), CustodyError> {
         let word = ownership(&self.region0(note)?)?;
-        let revoked = word.transition(|found| match (left, found.state()) {
-            (Left::RanOn(dead), _) if found == dead => ownership::recover(found, dead, NOBODY),
-            (Left::Sealed { epoch, .. }, OwnershipState::Sealed) => ownership::claim(found, epoch, NOBODY),
-            _ => ownership::claim_again(found, found, NOBODY),
+        let revoked = word.transition(|found| match found.state() {
+            OwnershipState::Sealed => ownership::claim(found, left.epoch(), NOBODY),
+            OwnershipState::Claimed => ownership::claim_again(found, found, NOBODY),
+            OwnershipState::Recovering => ownership::recover(found, found, NOBODY),
+            OwnershipState::Running => ownership::recover(found, left, NOBODY),
         });
         revoked.map(drop).map_err(CustodyError::Revoke)
     }
@@ -128,50 +127,6 @@ impl Regions {
         let region = Region::accept("metadata", fd, *len_bytes).and_then(Region::map);
         Ok(Arc::new(region.map_err(CustodyError::Map)?))
     }
-}
-
-/// No process of the kernel before lives, and the note says whether the machine was sealed.
-fn after_kexec(
-    word: OwnershipWord,
-    sealed: Option<u32>,
-    seen: Seen,
-    lives: impl Fn() -> Result<bool, CustodyError>,
-) -> Result<Standing, CustodyError> {
-    let sealed = match seen {
-        Seen::Sealed(epoch) => Some(epoch),
-        Seen::Nothing | Seen::RanOn => sealed,
-    };
-    Ok(match (word.state(), sealed) {
-        (OwnershipState::Sealed, _) => Standing::Ready { sealed: word.epoch(), claimed: None },
-        // As it was when its predecessor sealed it, or before.
-        (OwnershipState::Running, Some(sealed)) if word.epoch() <= sealed => Standing::NeverSealed(word),
-        (OwnershipState::Running, None) if seen == Seen::Nothing => Standing::NeverSealed(word),
-        (_, _) if lives()? => Standing::Taken(word),
-        (OwnershipState::Running, _) => Standing::RanOn(word),
-        (OwnershipState::Claimed, _) if seen == Seen::RanOn => Standing::RanOn(word),
-        (OwnershipState::Claimed, Some(sealed)) => Standing::Ready { sealed, claimed: Some(word) },
-        (OwnershipState::Claimed, None) => Standing::NeverSealed(word),
-    })
-}
-
-/// The machine's VMM is gone. Whoever it was about to be handed to may live.
-fn after_death(
-    word: OwnershipWord,
-    seen: Seen,
-    lives: impl Fn() -> Result<bool, CustodyError>,
-) -> Result<Standing, CustodyError> {
-    if lives()? {
-        return Ok(Standing::Taken(word));
-    }
-    Ok(match (word.state(), seen) {
-        (OwnershipState::Sealed, _) => Standing::Ready { sealed: word.epoch(), claimed: None },
-        (OwnershipState::Running, _) | (OwnershipState::Claimed, Seen::RanOn) => Standing::RanOn(word),
-        (OwnershipState::Claimed, Seen::Sealed(sealed)) => Standing::Ready { sealed, claimed: Some(word) },
-        // Nobody but who keeps a machine claims it in any other way than from its seal.
-        (OwnershipState::Claimed, Seen::Nothing) => {
-            Standing::Ready { sealed: word.epoch().wrapping_sub(1), claimed: Some(word) }
-        }
-    })
 }
 
 /// Claims that are nobody's: processes choose their numbers by chance, and look whether another one has the same. This

@@ -38,21 +38,6 @@ impl Origin {
     }
 }
 
-/// How a machine was left that no process runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Left {
-    /// Sealed, with its state.
-    Sealed {
-        /// Epoch of the seal.
-        epoch: u32,
-        /// The ownership word, if a successor claimed the machine and died before it ran it.
-        claimed: Option<OwnershipWord>,
-    },
-    /// The process that ran it is dead, or who was to recover it after that: there is its memory, and no state. That is its
-    /// ownership word.
-    RanOn(OwnershipWord),
-}
-
 /// What is known of a machine that no process runs before any of its memory is here.
 #[derive(Debug, Clone)]
 pub struct Prospect {
@@ -84,8 +69,9 @@ pub struct Agreed {
 pub struct Custody<'a> {
     /// The regions, region 0 first.
     pub regions: Vec<BorrowedFd<'a>>,
-    /// How it was left.
-    pub left: Left,
+    /// How it was left: its ownership word. Sealed, or claimed by a process that is dead: there is its state. Or the process that ran it
+    /// is dead, or who was to recover it after that: there is its memory alone.
+    pub left: OwnershipWord,
     /// What the successor's VMM is told that was not known yet when it agreed.
     pub vmm: serde_json::Value,
 }
@@ -140,14 +126,7 @@ impl Agreed {
         }
         message::receive(&channel, "warm", deadline).map_err(link(Step::Warm))?;
         reached(Step::Warm);
-        let sealed = match left {
-            Left::Sealed { epoch, claimed } => {
-                Message::Sealed { epoch, claimed: claimed.map(OwnershipWord::bits), ran_on: None, vmm }
-            }
-            Left::RanOn(word) => {
-                Message::Sealed { epoch: word.epoch(), claimed: None, ran_on: Some(word.bits()), vmm }
-            }
-        };
+        let sealed = Message::Sealed { epoch: left.epoch(), left: Some(left.bits()), vmm };
         message::send(&channel, &sealed, &[], deadline).map_err(link(Step::Claimed))?;
         message::receive(&channel, "running", deadline).map_err(link(Step::Running))?;
         reached(Step::Running);

@@ -37,7 +37,6 @@ use std::time::Duration;
 
 pub use custody::Agreed;
 pub use custody::Custody;
-pub use custody::Left;
 pub use custody::Origin;
 pub use custody::Passed;
 pub use custody::Prospect;

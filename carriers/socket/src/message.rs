@@ -53,12 +53,9 @@ pub(crate) enum Message {
     },
     Sealed {
         epoch: u32,
-        /// The ownership word of a claim whose claimant is dead: the claim is to be made again.
+        /// No process has the machine: the ownership word that the last one left.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        claimed: Option<u64>,
-        /// There is no seal: the ownership word of a process that died while it ran the machine.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        ran_on: Option<u64>,
+        left: Option<u64>,
         /// What the successor's VMM is told that was not known when the machine was offered.
         #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
         vmm: serde_json::Value,
@@ -259,7 +256,7 @@ mod tests {
     fn messages_are_these_bytes() {
         let bytes = |message: &Message| String::from_utf8(serde_json::to_vec(message).unwrap()).unwrap();
         assert_eq!(bytes(&Message::Accept), r#"{"message":"accept"}"#);
-        let sealed = Message::Sealed { epoch: 2, claimed: None, ran_on: None, vmm: serde_json::Value::Null };
+        let sealed = Message::Sealed { epoch: 2, left: None, vmm: serde_json::Value::Null };
         assert_eq!(bytes(&sealed), r#"{"message":"sealed","epoch":2}"#);
         let farewell = Message::Farewell { vmm: serde_json::Value::Null };
         assert_eq!(bytes(&farewell), r#"{"message":"farewell"}"#);

@@ -283,7 +283,7 @@ impl<G: Guest> Update<'_, G> {
         let epoch = self.departure.pause_and_seal()?;
         let deadline = Deadline::after(self.offer.timeouts.hand_over);
         let link = |source| Reason::Link { step: Step::Running, source };
-        let sealed = Message::Sealed { epoch, claimed: None, ran_on: None, vmm: serde_json::Value::Null };
+        let sealed = Message::Sealed { epoch, left: None, vmm: serde_json::Value::Null };
         message::send(self.channel, &sealed, &[], deadline).map_err(link)?;
         self.told_of_running(deadline).map_err(link)
     }

@@ -275,22 +275,18 @@ fn steps(timeline: &Timeline) -> Vec<(String, u64)> {
 /// How the machine was left, as a successor was told.
 struct Told {
     epoch: u32,
-    /// A dead process's claim of the seal.
-    claimed: Option<u64>,
-    /// There is no seal.
-    ran_on: Option<u64>,
+    /// No process has it.
+    left: Option<u64>,
 }
 
 impl Told {
     fn claim(self, incoming: Incoming) -> Result<Claimed, ClaimError> {
-        let word = |bits| {
-            OwnershipWord::from_bits(bits)
-                .map_err(|malformed| ClaimError::Ownership(OwnershipError::Malformed(malformed)))
-        };
-        match (self.ran_on, self.claimed) {
-            (Some(dead), _) => incoming.recover(word(dead)?),
-            (None, Some(dead)) => incoming.claim_again(self.epoch, word(dead)?),
-            (None, None) => incoming.claim(self.epoch),
+        let left = self.left.map(OwnershipWord::from_bits).transpose();
+        let left = left.map_err(|malformed| ClaimError::Ownership(OwnershipError::Malformed(malformed)))?;
+        match left.map(|word| (word, word.state())) {
+            None | Some((_, OwnershipState::Sealed)) => incoming.claim(self.epoch),
+            Some((dead, OwnershipState::Claimed)) => incoming.claim_again(dead),
+            Some((dead, OwnershipState::Running | OwnershipState::Recovering)) => incoming.recover(dead),
         }
     }
 }
@@ -357,15 +353,15 @@ impl Attached {
         let warm = Message::Warm { steps: steps(&self.timeline) };
         message::send(&self.channel, &warm, &[], deadline).map_err(link(Step::Warm))?;
         let sealed = match message::receive(&self.channel, "sealed", deadline) {
-            Ok(Message::Sealed { epoch, claimed, ran_on, vmm }) => {
+            Ok(Message::Sealed { epoch, left, vmm }) => {
                 self.vmm = vmm;
-                Told { epoch, claimed, ran_on }
+                Told { epoch, left }
             }
             Ok(_) => return Err(link(Step::Sealed)(LinkError::Closed)),
             Err(LinkError::Closed) => {
                 let epoch = self.left_sealed().ok_or(link(Step::Sealed)(LinkError::Closed))?;
                 self.vmm = serde_json::Value::Null;
-                Told { epoch, claimed: None, ran_on: None }
+                Told { epoch, left: None }
             }
             Err(error) => return Err(link(Step::Sealed)(error)),
         };

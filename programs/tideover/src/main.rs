@@ -17,6 +17,7 @@ mod dump;
 mod first_vmm;
 mod inspect;
 mod keeper;
+mod kept;
 mod kexec;
 mod leavers;
 mod orderly;

@@ -21,6 +21,7 @@ pub(crate) fn man(arguments: &cli::Man) -> anyhow::Result<ExitCode> {
     let failed = || format!("cannot write manual pages into {}", directory.display());
     std::fs::create_dir_all(directory).with_context(failed)?;
     clap_mangen::generate_to(Cli::command(), directory).with_context(failed)?;
+    clap_mangen::generate_to(tideoverd::command(), directory).with_context(failed)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -44,6 +44,7 @@ use crate::demo;
 use crate::first_vmm;
 use crate::first_vmm::Begun;
 use crate::first_vmm::FirstVmm;
+use crate::kept;
 use crate::machines;
 use crate::progress::Bar;
 use crate::size;
@@ -191,11 +192,14 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
         FirstVmm::start(&program, &spec, &arguments.allow_program, arguments.foreground, Some(file))?;
     let begun = vmm.await_begin(&bar).map_err(|error| vmm.explain(error));
     let begun = begun.with_context(|| format!("cannot start machine {}", arguments.name))?;
-    bar.done();
     let status = match begun {
-        Begun::Runs(status) => status,
+        Begun::Runs(mut status) => {
+            status.kept = kept::await_kept(&directory, &arguments.name, &bar);
+            status
+        }
         Begun::Over(how) => return ended(how),
     };
+    bar.done();
     match arguments.json {
         true => say_json(&status)?,
         false => say(&format!("{}\n", sentence(&status)))?,
@@ -315,7 +319,7 @@ pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
     }
     let mut shown = Table::new();
     shown.load_style(presets::UTF8_BORDERS_ONLY);
-    shown.set_header(["name", "state", "process", "memory", "updates", "age"]);
+    shown.set_header(["name", "state", "process", "memory", "updates", "age", "kept"]);
     for (name, status) in &found {
         let none = || "-".to_owned();
         shown.add_row(match status {
@@ -326,11 +330,12 @@ pub(crate) fn ls(arguments: &cli::Ls) -> anyhow::Result<ExitCode> {
                 size::show(status.memory_bytes),
                 status.updates.to_string(),
                 time::show(status.age_ms),
+                if status.kept { "yes" } else { "no" }.to_owned(),
             ],
             Ok(Look::Held(held)) => {
-                [name.clone(), "held".to_owned(), held.pid.to_string(), none(), none(), none()]
+                [name.clone(), "held".to_owned(), held.pid.to_string(), none(), none(), none(), none()]
             }
-            Err(error) => [name.clone(), silence(error).to_owned(), none(), none(), none(), none()],
+            Err(error) => [name.clone(), silence(error).to_owned(), none(), none(), none(), none(), none()],
         });
     }
     say(&format!("{shown}\n"))?;

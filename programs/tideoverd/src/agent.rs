@@ -33,8 +33,9 @@ const SOCKET: &str = "luo-agent.socket";
 /// Peers at a time.
 const MAX_PEERS: usize = 256;
 
-/// Where the socket is.
-pub(crate) fn socket(directory: &Path) -> PathBuf {
+/// Where agents come, in a directory of machines.
+#[must_use]
+pub fn socket(directory: &Path) -> PathBuf {
     directory.join(SOCKET)
 }
 

@@ -257,17 +257,32 @@ impl Entry {
             Err(ConnectError::Absent { .. } | ConnectError::Refused { .. }) => return self.closed(),
             Err(error) => Err(error.into()),
         };
+        self.asks(asked);
+    }
+
+    fn asks(&mut self, asked: anyhow::Result<Channel>) {
         match asked {
             Ok(channel) => self.link = Link::Asked(channel, Deadline::after(GIVE)),
             Err(error) => {
-                debug!(name = self.name, error = &*error, "its VMM cannot be reached");
+                debug!(name = self.name, error = &*error, "it cannot be reached");
                 self.away();
             }
         }
     }
 
+    /// Somebody has come to the machine's socket in the place of who is gone.
+    fn has_successor(&mut self, means: &Means<'_>) -> bool {
+        let socket = machines::socket(means.directory, &self.name);
+        let Ok(channel) = fdpass::connect(&socket, Deadline::after(CONNECT)) else { return false };
+        self.asks(ask(channel));
+        true
+    }
+
     /// Its connection is closed, and nobody listens: does anybody have it?
     fn look(&mut self, until: Deadline, means: &mut Means<'_>) {
+        if self.has_successor(means) {
+            return;
+        }
         let Some(remains) = &self.remains else { return self.away() };
         match remains.standing() {
             Ok(Standing::Taken(_)) if !until.has_passed() => {
@@ -335,7 +350,10 @@ impl Entry {
                     "the machine is held"
                 );
                 // From now on as of any other process that has it.
-                self.link = Link::Away(Deadline::after(Duration::ZERO));
+                let Link::Starting { channel, .. } = std::mem::replace(&mut self.link, Link::Over) else {
+                    return;
+                };
+                self.asks(ask(channel));
             }
             _ => {}
         }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use kvm::LastRegisters;
@@ -13,7 +14,10 @@ use machine::OfferedRegion;
 use pulse::Slot;
 use socket::Origin;
 
+use crate::control::CheckReport;
 use crate::control::Custody;
+use crate::guest::MemoryWords;
+use crate::measure;
 
 /// Memory is read and written in pieces of so many bytes; one of zeros alone is left out of the file.
 const PIECE_BYTES: usize = 64 << 10;
@@ -56,6 +60,16 @@ impl Picture {
     #[must_use]
     pub fn vcpus(&self) -> usize {
         self.registers.len()
+    }
+
+    /// Compares every word of the memory with what it should be, if the guest is pulse.
+    ///
+    /// # Errors
+    /// If it is another guest's.
+    pub fn check(&self) -> anyhow::Result<CheckReport> {
+        let memory = self.incoming.memories().first().context("the machine has no memory")?;
+        let (report, first_bad) = measure::compare(&MemoryWords(Arc::clone(memory.mapping())))?;
+        Ok(CheckReport { first_bad, ..report })
     }
 
     /// Writes the core to a file that is empty. `progress` hears of bytes done and in all. Gives how many bytes of memory were not zero.

@@ -29,9 +29,9 @@ use fdpass::Listener;
 use kexec::Found;
 use liveupdate::Incoming;
 use machine::OwnershipState;
+use machine::OwnershipWord;
 use serde::Deserialize;
 use serde::Serialize;
-use socket::Left;
 use socket::Origin;
 use tracing::debug;
 use tracing::warn;
@@ -136,15 +136,15 @@ fn remains(mut fds: Vec<OwnedFd>, vcpus: usize, origin: Origin) -> anyhow::Resul
     Ok((Kept::of(NoteFile::from_fd(note)?, regions, origin)?, vcpus))
 }
 
-/// Holds what a VMM has left until it runs, or is given up. `died` says which process that was; `told` hears that it is held.
+/// Holds what a VMM has left until it runs, or is given up. `died` says which process that was; `told` hears that it is held, and may
+/// ask for more.
 pub fn hold_remains(hold: Hold, kept: Kept, vcpus: Vec<OwnedFd>, died: &str, told: Option<Channel>) {
     let holder = Holder::new(hold, State::Kept(kept, None), vcpus);
     let why = holder.why_left(died);
     if let Some(channel) = &told {
         tell(channel, &Answer::Held(holder.held(&why)));
     }
-    drop(told);
-    holder.wait(why);
+    holder.wait(why, told.into_iter().collect());
 }
 
 /// The score by which the kernel chooses whom to end when memory runs out.
@@ -213,7 +213,7 @@ struct Holder {
 /// How a machine is to be run.
 #[derive(Debug, Clone, Copy)]
 struct Way {
-    left: Left,
+    left: OwnershipWord,
     alone: Alone,
 }
 
@@ -229,16 +229,38 @@ impl Holder {
             pid: process::id(),
             why: why.to_owned(),
             left_behind: matches!(self.told.brings, Brings::Remains { .. }),
-            complete: kept.is_some_and(|kept| matches!(kept.standing(), Ok(Standing::Ready { .. }))),
+            complete: kept.is_some_and(|kept| matches!(kept.standing(), Ok(Standing::Ready(_)))),
         }
     }
 
     /// Why a machine is held whose VMM died.
     fn why_left(&self, died: &str) -> String {
         match self.here().map(Kept::standing) {
-            Some(Ok(standing)) => format!("its VMM ({died}) has died: {}", stands(standing)),
+            Some(Ok(standing)) => format!("its VMM ({died}) has died: {}", self.stands(standing)),
             Some(Err(error)) => format!("its VMM ({died}) has died: {:#}", anyhow::Error::new(error)),
             None => format!("its VMM ({died}) has died"),
+        }
+    }
+
+    /// How the machine stands, and what that means for whoever wants to run it.
+    fn stands(&self, standing: Standing) -> String {
+        let crossed = self.here().filter(|kept| kept.origin() == Origin::MadeAgain);
+        let never_sealed = crossed.is_some_and(|kept| kept.note().sealed.is_none());
+        match standing {
+            Standing::Ready(_) => {
+                "it was sealed, so its state is complete to the last instant, and it can run on".to_owned()
+            }
+            Standing::Taken(word) => format!(
+                "a process has claimed the machine, lives, and does not run it: end that one first (its ownership word is {word:?})"
+            ),
+            Standing::RanOn(_) if never_sealed => {
+                "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
+                    .to_owned()
+            }
+            Standing::RanOn(_) => {
+                "its guest ran, so its vCPUs' state is lost; its memory is whole, and later than any state that was saved"
+                    .to_owned()
+            }
         }
     }
 
@@ -279,7 +301,7 @@ impl Holder {
                 let why = format!("{error:#}");
                 tell(&channel, &Answer::Held(self.held(&why)));
                 drop(channel);
-                self.wait(why);
+                self.wait(why, Vec::new());
             }
         }
     }
@@ -289,13 +311,12 @@ impl Holder {
         let standing = self.settled()?;
         tell(channel, &Answer::Progress { what: RETRIEVED.to_owned(), done: 1, of: 2 });
         let report = match standing {
-            Standing::Ready { sealed: epoch, claimed } => {
-                let left = Left::Sealed { epoch, claimed };
+            Standing::Ready(left) => {
                 self.run(Way { left, alone: Alone::RunOn })?.and_then(|(_, report)| report)
             }
             // Of a holder before this one.
             Standing::Taken(word) if word.state() == OwnershipState::Running => None,
-            standing => bail!("{}", stands(standing)),
+            standing => bail!("{}", self.stands(standing)),
         };
         Ok(Answer::Report(report.map(Box::new)))
     }
@@ -304,26 +325,21 @@ impl Holder {
     fn recover(&mut self, otherwise: Otherwise) -> anyhow::Result<RecoverReport> {
         let standing = self.settled()?;
         let (left, how) = match (standing, otherwise) {
-            (Standing::Ready { sealed: epoch, claimed }, _) => {
-                (Left::Sealed { epoch, claimed }, Recovered::RunsOn)
-            }
-            (Standing::RanOn(word) | Standing::NeverSealed(word), Otherwise::Boot) => {
-                (Left::RanOn(word), Recovered::Booted)
-            }
-            (standing, _) => bail!("{}", stands(standing)),
+            (Standing::Ready(left), _) => (left, Recovered::RunsOn),
+            (Standing::RanOn(left), Otherwise::Boot) => (left, Recovered::Booted),
+            (standing, _) => bail!("{}", self.stands(standing)),
         };
         let alone = match how {
             Recovered::RunsOn => Alone::RunOn,
             Recovered::Booted => Alone::Boot,
         };
         let (pid, _) = self.run(Way { left, alone })?.unwrap_or_default();
-        Ok(RecoverReport { name: self.told.name.clone(), pid, how, why: stands(standing) })
+        Ok(RecoverReport { name: self.told.name.clone(), pid, how, why: self.stands(standing) })
     }
 
     /// How the machine stands once a claimant that another holder has left behind has gone on, or has died.
     fn settled(&mut self) -> anyhow::Result<Standing> {
         let kept = self.kept()?;
-        kept.remember()?;
         let until = Deadline::after(CLAIM);
         loop {
             match kept.standing()? {
@@ -359,8 +375,7 @@ impl Holder {
     }
 
     /// Waits for somebody who wants to have it tried again, or given up.
-    fn wait(mut self, mut why: String) {
-        let mut clients = Vec::new();
+    fn wait(mut self, mut why: String, mut clients: Vec<Channel>) {
         let mut listening = None;
         while let Some(listener) = listening.take().or_else(|| self.listen()) {
             let Some((channel, request)) = clients::next(&listener, &mut clients) else { continue };
@@ -472,25 +487,6 @@ impl Hold {
         let Some(folder) = self.socket.parent() else { return Ok(()) };
         let made = DirBuilder::new().mode(0o700).recursive(true).create(folder);
         made.with_context(|| format!("cannot make the directory {}", folder.display()))
-    }
-}
-
-/// How the machine stands, and what that means for whoever wants to run it.
-fn stands(standing: Standing) -> String {
-    match standing {
-        Standing::Ready { .. } => {
-            "it was sealed, so its state is complete to the last instant, and it can run on".to_owned()
-        }
-        Standing::Taken(word) => format!(
-            "a process has claimed the machine, lives, and does not run it: end that one first (its ownership word is {word:?})"
-        ),
-        Standing::NeverSealed(_) => {
-            "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
-                .to_owned()
-        }
-        Standing::RanOn(_) => "its guest ran, so its vCPUs' state is lost; its memory is whole, and later than any state that was \
-             saved"
-            .to_owned(),
     }
 }
 

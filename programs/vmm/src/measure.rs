@@ -293,7 +293,7 @@ fn walked(mailboxes: &Mailboxes<'_, MemoryWords>, first: &[u64]) -> (u64, u64) {
 }
 
 /// Compares every word of a stopped guest's memory with what it should be.
-fn compare(words: &MemoryWords) -> anyhow::Result<(CheckReport, Option<String>)> {
+pub(crate) fn compare(words: &MemoryWords) -> anyhow::Result<(CheckReport, Option<String>)> {
     let mailboxes = words.mailboxes()?;
     let read = |offset: u64, into: &mut [u8]| words.0.read(offset, into);
     let work = mailboxes.check_work(read)?;

@@ -202,6 +202,9 @@ pub enum OwnershipState {
     Sealed = 2,
     /// The holder of the nonce loads the machine's state; it does not run the guest yet.
     Claimed = 3,
+    /// The process that ran the machine is dead, and no state that was saved belongs to its memory any more. The holder of the nonce makes
+    /// a guest from the beginning; it does not run it yet.
+    Recovering = 4,
 }
 
 /// `{epoch: 32 bits, state: 8 bits, nonce: 24 bits}`, highest first, in one word.
@@ -255,6 +258,7 @@ impl OwnershipWord {
             1 => Some(OwnershipState::Running),
             2 => Some(OwnershipState::Sealed),
             3 => Some(OwnershipState::Claimed),
+            4 => Some(OwnershipState::Recovering),
             _ => None,
         }
     }
@@ -391,7 +395,7 @@ mod tests {
         assert_eq!(word.bits(), 0xFFFF_FFFF_02AB_CDEF);
         assert_eq!(OwnershipWord::from_bits(word.bits()).unwrap(), word);
         assert_eq!(word.next(OwnershipState::Claimed, nonce).epoch(), 0);
-        assert_eq!(OwnershipWord::from_bits(0x04AB_CDEF).unwrap_err().field, "state");
+        assert_eq!(OwnershipWord::from_bits(0x05AB_CDEF).unwrap_err().field, "state");
         assert_eq!(OwnershipWord::from_bits(0x0100_0000).unwrap_err().field, "nonce");
     }
 }

@@ -76,6 +76,7 @@ pub(crate) fn read(memory: &impl Memory, findings: &mut Findings) -> (Arena, Opt
                 OwnershipState::Running => "running",
                 OwnershipState::Sealed => "sealed",
                 OwnershipState::Claimed => "claimed",
+                OwnershipState::Recovering => "recovering",
             };
             let (epoch, nonce) = (word.epoch(), word.nonce().get());
             arena.ownership = Some(Ownership { epoch, state: state.to_string(), nonce });

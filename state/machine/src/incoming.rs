@@ -330,17 +330,21 @@ impl Incoming {
     pub fn claim(self, sealed: u32) -> Result<Claimed, ClaimError> {
         let claimed = self.ownership.transition(|found| ownership::claim(found, sealed, self.nonce));
         let word = claimed.map_err(ClaimError::Ownership)?;
-        self.read_states(sealed, word)
+        read_states(self.into_machine(word)?, sealed)
     }
 
-    /// Claims the machine as it was sealed at epoch `sealed`, after one that claimed it under the word `dead` and died
+    /// Claims the machine as it was sealed last, after one that claimed it under the word `dead` and died
     /// before it ran it. To be asked for only where no predecessor lives that could take the machine back.
     ///
     /// # Errors
     /// [`ClaimError`]: also if who claimed it lives.
-    pub fn claim_again(self, sealed: u32, dead: OwnershipWord) -> Result<Claimed, ClaimError> {
+    pub fn claim_again(self, dead: OwnershipWord) -> Result<Claimed, ClaimError> {
         let word = self.claim_from_dead(dead, ownership::claim_again)?;
-        self.read_states(sealed, word)
+        // A claim comes from a seal or from another claim of it, and nobody publishes anything in between: what is there is the
+        // seal's, all of one epoch.
+        let machine = self.into_machine(word)?;
+        let sealed = machine.states.iter().find_map(|file| file.saved().as_ref().map(|saved| saved.epoch));
+        read_states(machine, sealed.unwrap_or_default())
     }
 
     /// Claims the machine whose owner died under the word `dead` while it ran it, or whose recoverer did before that. Its
@@ -365,17 +369,6 @@ impl Incoming {
         }
         let claimed = self.ownership.transition(|found| next(found, dead, self.nonce));
         claimed.map_err(ClaimError::Ownership)
-    }
-
-    fn read_states(self, sealed: u32, claimed: OwnershipWord) -> Result<Claimed, ClaimError> {
-        let machine = self.into_machine(claimed)?;
-        let mut states = BTreeMap::new();
-        for file in &machine.states {
-            let saved = file.saved().take().filter(|saved| saved.epoch == sealed);
-            let name = file.name();
-            states.insert(name, saved.ok_or(ClaimError::Stale { name })?.bytes);
-        }
-        Ok(Claimed { machine, states })
     }
 
     /// The machine as its session is published now.
@@ -417,6 +410,17 @@ impl Incoming {
             _alive: self.alive,
         })
     }
+}
+
+/// The states of the seal of this epoch.
+fn read_states(machine: Machine, sealed: u32) -> Result<Claimed, ClaimError> {
+    let mut states = BTreeMap::new();
+    for file in &machine.states {
+        let saved = file.saved().take().filter(|saved| saved.epoch == sealed);
+        let name = file.name();
+        states.insert(name, saved.ok_or(ClaimError::Stale { name })?.bytes);
+    }
+    Ok(Claimed { machine, states })
 }
 
 /// A machine that stands still, and whose state this process alone loads.

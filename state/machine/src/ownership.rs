@@ -46,11 +46,11 @@ pub enum Wanted {
     Sealed,
     /// SEALED to CLAIMED.
     Claimed,
-    /// CLAIMED to RUNNING.
+    /// CLAIMED or RECOVERING to RUNNING.
     Run,
     /// SEALED or CLAIMED back to the predecessor's RUNNING.
     TakenBack,
-    /// A dead owner's RUNNING to CLAIMED.
+    /// A dead owner's RUNNING to RECOVERING.
     Recovered,
 }
 
@@ -98,10 +98,10 @@ pub fn claim(found: OwnershipWord, sealed: u32, claimant: Nonce) -> Result<Owner
 }
 
 /// The word after `claimant` claims a machine whose claimant died, under the word `dead`, before it ran it. To be asked
-/// for only where no predecessor lives that could take the machine back.
+/// for only where no predecessor lives that could take the machine back. The machine is as it was sealed still.
 ///
 /// # Errors
-/// [`Lost`] if `found` is not that word, or it is no claim.
+/// [`Lost`] if `found` is not that word, or it is no claim of a seal.
 pub fn claim_again(
     found: OwnershipWord,
     dead: OwnershipWord,
@@ -113,16 +113,16 @@ pub fn claim_again(
     Ok(found.next(OwnershipState::Claimed, claimant))
 }
 
-/// The word after `claimant` claims a machine whose owner died, under the word `dead`, while it ran it; or whose recoverer
-/// died before it ran it.
+/// The word after `claimant` takes a machine whose owner died, under the word `dead`, while it ran it; or whose recoverer
+/// died before it ran it. It is told from a claim of a seal for good: no state belongs to the machine's memory.
 ///
 /// # Errors
 /// [`Lost`] if `found` is not that word, or the machine is sealed: then it is to be [claimed](claim).
 pub fn recover(found: OwnershipWord, dead: OwnershipWord, claimant: Nonce) -> Result<OwnershipWord, Lost> {
-    if found != dead || found.state() == OwnershipState::Sealed {
+    if found != dead || !matches!(found.state(), OwnershipState::Running | OwnershipState::Recovering) {
         return Err(lost(Wanted::Recovered, found));
     }
-    Ok(found.next(OwnershipState::Claimed, claimant))
+    Ok(found.next(OwnershipState::Recovering, claimant))
 }
 
 /// The word after the claimant is ready: the point of no return. `claimed` is the word of its claim.
@@ -130,7 +130,7 @@ pub fn recover(found: OwnershipWord, dead: OwnershipWord, claimant: Nonce) -> Re
 /// # Errors
 /// [`Lost`] if `found` is not that word.
 pub fn run(found: OwnershipWord, claimed: OwnershipWord) -> Result<OwnershipWord, Lost> {
-    if found != claimed || found.state() != OwnershipState::Claimed {
+    if found != claimed || !matches!(found.state(), OwnershipState::Claimed | OwnershipState::Recovering) {
         return Err(lost(Wanted::Run, found));
     }
     Ok(found.next(OwnershipState::Running, found.nonce()))

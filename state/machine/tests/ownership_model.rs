@@ -169,7 +169,7 @@ impl World {
         let verb = match word.state() {
             OwnershipState::Sealed if sealer_is_dead => Verb::Claim { sealed: word.epoch() },
             OwnershipState::Claimed if sealer_is_dead && dead => Verb::ClaimAgain { dead: word },
-            OwnershipState::Running if dead => Verb::Recover { dead: word },
+            OwnershipState::Running | OwnershipState::Recovering if dead => Verb::Recover { dead: word },
             _ => return None,
         };
         (self.attempts < ATTEMPTS).then_some(verb)
@@ -420,7 +420,9 @@ fn progress() -> Vec<Property<Machine>> {
         Property::<Machine>::always(LOSS_IS_THE_OWNERS, |model, world| {
             let owner = match world.word.state() {
                 OwnershipState::Running => (0..=ATTEMPTS).find(|id| nonce(*id) == world.word.nonce()),
-                OwnershipState::Sealed | OwnershipState::Claimed => Some(world.sealer),
+                OwnershipState::Sealed | OwnershipState::Claimed | OwnershipState::Recovering => {
+                    Some(world.sealer)
+                }
             };
             let owner_crashed = owner.is_some_and(|id| world.processes[id] == Process::Crashed);
             !model.is_final(world) || runner(world).is_some() || owner_crashed
@@ -483,7 +485,7 @@ fn coverage() -> Vec<Property<Machine>> {
         }),
         Property::<Machine>::sometimes("a machine is recovered from one that ran it and died", |_, world| {
             let recovered = |pair: &[OwnershipWord]| {
-                pair[0].state() == OwnershipState::Running && pair[1].state() == OwnershipState::Claimed
+                pair[0].state() == OwnershipState::Running && pair[1].state() == OwnershipState::Recovering
             };
             world.words.windows(2).any(recovered) && runs(world, world.attempts)
         }),

@@ -108,24 +108,20 @@ impl Remains {
         word
     }
 
-    /// The word of a dead claimant of this seal.
-    fn claimed(&self, epoch: u32) -> OwnershipWord {
-        let Standing::Ready { sealed, claimed: Some(word) } = self.standing() else {
-            panic!("{:?}", self.standing())
-        };
-        assert_eq!(sealed, epoch);
+    /// Its word, if it can run on.
+    fn ready(&self) -> OwnershipWord {
+        let Standing::Ready(word) = self.standing() else { panic!("{:?}", self.standing()) };
         word
     }
 }
 
 #[test]
 fn a_sealed_machine_is_ready_and_one_that_was_not_is_never() {
-    let (left_sealed, epoch) = sealed();
-    assert_eq!(left_sealed.standing(), Standing::Ready { sealed: epoch, claimed: None });
+    let (left, epoch) = sealed();
+    assert_eq!((left.ready().epoch(), left.ready().state()), (epoch, OwnershipState::Sealed));
     let running = machine();
-    let word = running.word();
-    assert_eq!(after_kexec_of(&running, None).standing(), Standing::NeverSealed(word));
-    assert_eq!(after_kexec_of(&running, Some(word.epoch())).standing(), Standing::NeverSealed(word));
+    let left = after_kexec_of(&running, None);
+    assert_eq!(left.ran_on(), running.word());
 }
 
 #[test]
@@ -135,8 +131,8 @@ fn a_machine_is_its_claimant_s_until_that_dies() {
     let Standing::Taken(word) = left.standing() else { panic!("{:?}", left.standing()) };
     assert_eq!(word.state(), OwnershipState::Claimed);
     drop(claimed);
-    assert_eq!(left.claimed(epoch), word);
-    let machine = left.attach().claim_again(epoch, word).unwrap().run().unwrap();
+    assert_eq!(left.ready(), word);
+    let machine = left.attach().claim_again(word).unwrap().run().unwrap();
     assert_eq!(left.standing(), Standing::Taken(machine.word()));
     drop(machine);
     left.ran_on();
@@ -145,12 +141,11 @@ fn a_machine_is_its_claimant_s_until_that_dies() {
 #[test]
 fn a_claim_that_was_revoked_runs_nothing_and_the_next_one_does() {
     let (left, epoch) = sealed();
-    let was = Left::Sealed { epoch, claimed: None };
+    let was = left.ready();
     let late = left.claim(epoch);
     left.kept.revoke(was).unwrap();
-    let nobody = left.claimed(epoch);
     late.run().unwrap_err();
-    let machine = left.attach().claim_again(epoch, nobody).unwrap().run().unwrap();
+    let machine = left.attach().claim_again(left.ready()).unwrap().run().unwrap();
     let error = left.kept.revoke(was).unwrap_err();
     assert!(error.is_lost(), "{error:?}");
     assert_eq!(left.standing(), Standing::Taken(machine.word()));
@@ -159,12 +154,12 @@ fn a_claim_that_was_revoked_runs_nothing_and_the_next_one_does() {
 #[test]
 fn who_is_about_to_claim_does_not_once_the_seal_is_revoked() {
     let (left, epoch) = sealed();
-    let was = Left::Sealed { epoch, claimed: None };
+    let was = left.ready();
     let late = left.attach();
     left.kept.revoke(was).unwrap();
     left.kept.revoke(was).unwrap();
     late.claim(epoch).unwrap_err();
-    left.attach().claim_again(epoch, left.claimed(epoch)).unwrap();
+    left.attach().claim_again(left.ready()).unwrap();
 }
 
 #[test]
@@ -175,51 +170,31 @@ fn a_machine_whose_vmm_died_is_ready_if_it_was_sealed_and_has_no_state_if_it_ran
     let epoch = seal(&mut running);
     assert_eq!(left.standing(), Standing::Taken(running.word()), "it may be taken back");
     drop(running);
-    assert_eq!(left.standing(), Standing::Ready { sealed: epoch, claimed: None });
+    // Whoever claims it, however often, and dies: it is as it was sealed.
     drop(left.claim(epoch));
-    let claimed = left.claimed(epoch);
-    drop(left.attach().claim_again(epoch, claimed).unwrap().run().unwrap());
-    let dead = left.ran_on();
-    assert_eq!(dead.state(), OwnershipState::Running);
+    for _ in 0..3 {
+        let claimed = left.attach().claim_again(left.ready()).unwrap();
+        assert!(claimed.states().values().all(|state| *state == [7; 100]));
+    }
+    drop(left.attach().claim_again(left.ready()).unwrap().run().unwrap());
+    assert_eq!(left.ran_on().state(), OwnershipState::Running);
 }
 
 /// Else the state of an instant that is long past would be given to the memory of a later one.
 #[test]
-fn a_claim_that_was_a_recovery_is_never_taken_for_one_of_a_seal() {
+fn a_machine_that_ran_on_never_gets_ready_by_any_death_after_that() {
     for of in [after_death_of, |machine: &Machine| after_kexec_of(machine, None)] {
-        let running = machine();
+        let mut running = machine();
+        seal(&mut running);
+        running.unseal().unwrap();
         let left = of(&running);
-        let word = running.word();
         drop(running);
-        left.kept.remember().unwrap();
-        drop(left.attach().recover(word).unwrap());
-        let dead = left.kept.standing().unwrap();
-        let (Standing::RanOn(dead) | Standing::NeverSealed(dead)) = dead else { panic!("{dead:?}") };
-        assert_eq!(dead.state(), OwnershipState::Claimed);
-        left.attach().recover(dead).unwrap().run().unwrap();
-    }
-}
-
-#[test]
-fn a_seal_that_was_remembered_is_that_of_any_claim_after_it() {
-    let mut running = machine();
-    let left = after_death_of(&running);
-    let epoch = seal(&mut running);
-    drop(running);
-    left.kept.remember().unwrap();
-    for _ in 0..3 {
-        let word = match left.standing() {
-            Standing::Ready { sealed, claimed } => {
-                assert_eq!(sealed, epoch);
-                claimed
-            }
-            other => panic!("{other:?}"),
-        };
-        let claim = match word {
-            None => left.claim(epoch),
-            Some(dead) => left.attach().claim_again(epoch, dead).unwrap(),
-        };
-        drop(claim);
+        for _ in 0..3 {
+            drop(left.attach().recover(left.ran_on()).unwrap());
+            left.kept.revoke(left.ran_on()).unwrap();
+        }
+        assert_eq!(left.ran_on().state(), OwnershipState::Recovering);
+        left.attach().recover(left.ran_on()).unwrap().run().unwrap();
     }
 }
 
@@ -228,16 +203,10 @@ fn a_recovery_that_was_revoked_runs_nothing() {
     let running = machine();
     let left = after_death_of(&running);
     drop(running);
-    let was = Left::RanOn(left.ran_on());
-    left.kept.remember().unwrap();
+    let was = left.ran_on();
     let about_to = left.attach();
     left.kept.revoke(was).unwrap();
-    about_to
-        .recover(match was {
-            Left::RanOn(word) => word,
-            Left::Sealed { .. } => unreachable!(),
-        })
-        .unwrap_err();
+    about_to.recover(was).unwrap_err();
     let late = left.attach().recover(left.ran_on()).unwrap();
     left.kept.revoke(was).unwrap();
     late.run().unwrap_err();

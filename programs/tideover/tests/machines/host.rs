@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::Child;
 use std::process::ChildStdin;
 use std::process::Command;
+use std::process::ExitStatus;
 use std::process::Output;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -17,12 +18,31 @@ use std::time::Duration;
 use std::time::Instant;
 
 use fdpass::Deadline;
+use fdpass::Lines;
 use serde_json::Value;
 use vmm::control::Client;
 
 /// A user's directory of machines. All that are left end when it is dropped.
 pub(crate) struct Host {
     pub(crate) directory: PathBuf,
+    /// Its tideoverd.
+    daemon: Option<Daemon>,
+}
+
+/// A tideoverd, killed when it is dropped.
+pub(crate) struct Daemon(Child);
+
+impl Daemon {
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 impl Host {
@@ -30,7 +50,30 @@ impl Host {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let directory = std::env::temp_dir().join(format!("tideover-host-{}-{number}", std::process::id()));
-        Self { directory }
+        Self { directory, daemon: None }
+    }
+
+    /// Starts a tideoverd in the place of the one before, which is given back.
+    pub(crate) fn start_daemon(&mut self, arguments: &[&str]) -> Option<Daemon> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tideoverd"));
+        command.args(arguments).env("TIDEOVER_DIR", &self.directory).stdin(Stdio::null());
+        let started = Daemon(command.stderr(Stdio::null()).spawn().unwrap());
+        self.daemon.replace(started)
+    }
+
+    /// A connection to it.
+    pub(crate) fn agent(&self) -> Lines {
+        let socket = self.directory.join("luo-agent.socket");
+        wait_for("tideoverd", || fdpass::connect_lines(&socket, Deadline::after(LONG)).ok())
+    }
+
+    /// How its tideoverd ended, if it has.
+    pub(crate) fn daemon_ended(&mut self) -> Option<ExitStatus> {
+        self.daemon.as_mut()?.ended()
+    }
+
+    pub(crate) fn kill_daemon(&mut self) {
+        self.daemon.take();
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
@@ -91,6 +134,8 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        // Else it would keep what is stopped.
+        self.daemon.take();
         let output = self.tideover(&["ls", "--json"]);
         let machines: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
         for machine in machines {

@@ -10,6 +10,7 @@ mod disk_driver;
 mod ended;
 mod held;
 mod host;
+mod kept;
 mod kernel;
 mod reported;
 #[path = "../schema/mod.rs"]

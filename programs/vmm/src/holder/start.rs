@@ -12,9 +12,9 @@ use anyhow::anyhow;
 use anyhow::bail;
 use custody::Kept;
 use custody::Note;
+use machine::OwnershipWord;
 use machine::update::Step;
 use socket::Agreed;
-use socket::Left;
 use socket::Program;
 use socket::Prospect;
 use socket::Reason;
@@ -45,7 +45,7 @@ pub(super) struct Vmm {
 pub(super) type Ran = (u32, Option<KexecReport>);
 
 /// Gives the machine, which was left so, to a VMM that was started for it.
-pub(super) fn run(kept: &Kept, left: Left, vmm: Vmm) -> anyhow::Result<Ran> {
+pub(super) fn run(kept: &Kept, left: OwnershipWord, vmm: Vmm) -> anyhow::Result<Ran> {
     let Vmm { agreed, mut started } = vmm;
     let mut step = |step: Step| debug!(%step, "holder");
     let last = serde_json::to_value(kept.when())?;

@@ -62,10 +62,25 @@ fn of_a_recoverer_leaves_the_machine_to_the_next_one() {
 
     let found = Incoming::attach(again, Vec::new()).unwrap();
     let dead = found.ownership().unwrap();
-    assert_eq!(dead.state(), OwnershipState::Claimed);
+    assert_eq!(dead.state(), OwnershipState::Recovering);
     let mut next = found.recover(dead).unwrap().run().unwrap();
     next.settle().unwrap();
     assert_filled(&inodes(&next));
+}
+
+/// Else the state of an instant that is long past would be given to the memory of a later one.
+#[test]
+fn of_a_recoverer_is_never_taken_for_that_of_a_claimant() {
+    let mut owner = machine(&spec("dies-recovered", &[4], &["vcpu0"]));
+    let mut next = claim(&mut owner, 1).run().unwrap();
+    next.settle().unwrap();
+    let (regions, again) = (offered(&next), offered(&next));
+    let word = next.ownership().unwrap();
+    drop((owner, next));
+    drop(Incoming::attach(regions, Vec::new()).unwrap().recover(word).unwrap());
+    let found = Incoming::attach(again, Vec::new()).unwrap();
+    let dead = found.ownership().unwrap();
+    assert!(matches!(found.claim_again(dead), Err(ClaimError::Ownership(_))));
 }
 
 #[test]

@@ -99,20 +99,20 @@ fn a_claim_whose_claimant_died_is_made_again_by_the_next_one_alone() {
     let claimed = attach().claim(epoch).unwrap();
     let word = second.ownership().unwrap();
     assert_eq!(word.state(), OwnershipState::Claimed);
-    let refused = late.claim_again(epoch, word).unwrap_err();
+    let refused = late.claim_again(word).unwrap_err();
     assert!(matches!(refused, ClaimError::ClaimantLives), "{refused:?}");
     drop(claimed);
     let refused = third.claim(epoch).unwrap_err();
     assert!(matches!(refused, ClaimError::Ownership(_)), "{refused:?}");
-    let claimed = second.claim_again(epoch, word).unwrap();
+    let claimed = second.claim_again(word).unwrap();
     assert_eq!(claimed.states().len(), 2);
-    let stale = attach().claim_again(epoch, word).unwrap_err();
+    let stale = attach().claim_again(word).unwrap_err();
     assert!(matches!(stale, ClaimError::Ownership(_)), "{stale:?}");
     let machine = claimed.run().unwrap();
     let running = machine.word();
-    let refused = attach().claim_again(epoch, running).unwrap_err();
+    let refused = attach().claim_again(running).unwrap_err();
     assert!(matches!(refused, ClaimError::ClaimantLives), "{refused:?}");
     drop(machine);
-    let refused = attach().claim_again(epoch, running).unwrap_err();
+    let refused = attach().claim_again(running).unwrap_err();
     assert!(matches!(refused, ClaimError::Ownership(_)), "a machine that ran is claimed: {refused:?}");
 }

@@ -16,7 +16,6 @@ use liveupdate::FindError;
 use liveupdate::Incoming;
 use machine::OwnershipState;
 use machine::SessionName;
-use socket::Left;
 use socket::Program;
 use vmm::Brings;
 use vmm::Hold;
@@ -53,17 +52,20 @@ pub(super) fn run(name: &str) -> anyhow::Result<()> {
         let found = Found::read(again()?).map_err(|failed| failed.1)?;
         let (kept, _session) = found.retrieve().map_err(|failed| failed.1)?;
         let standing = kept.standing()?;
-        ensure!(matches!(standing, Standing::Ready { claimed: None, .. }), "{standing:?}");
+        ensure!(
+            matches!(standing, Standing::Ready(word) if word.state() == OwnershipState::Sealed),
+            "{standing:?}"
+        );
     }
     // One that has taken the machine from a claimant, and dies.
     for _ in 0..2 {
         let found = Found::read(again()?).map_err(|failed| failed.1)?;
         let (kept, _session) = found.retrieve().map_err(|failed| failed.1)?;
         let standing = kept.standing()?;
-        let Standing::Ready { sealed: epoch, claimed } = standing else { bail!("{standing:?}") };
-        kept.revoke(Left::Sealed { epoch, claimed })?;
+        let Standing::Ready(word) = standing else { bail!("{standing:?}") };
+        kept.revoke(word)?;
         let standing = kept.standing()?;
-        let Standing::Ready { claimed: Some(word), .. } = standing else { bail!("{standing:?}") };
+        let Standing::Ready(word) = standing else { bail!("{standing:?}") };
         ensure!(word.state() == OwnershipState::Claimed, "{word:?}");
     }
     // One that dies at once, and one that does not.

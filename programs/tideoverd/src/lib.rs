@@ -20,6 +20,9 @@ mod watch;
 
 use std::process::ExitCode;
 
+pub use agent::socket;
+
+use clap::CommandFactory as _;
 use clap::Parser;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -37,6 +40,7 @@ const HOLD: &str = "hold";
 /// gives it up.
 #[derive(Debug, Parser)]
 #[command(
+    name = "tideoverd",
     version,
     after_help = "\
 Exit code: 0 if it was ended or replaced, 1 if it could not go on, 2 for a wrong command line.
@@ -52,7 +56,8 @@ struct Cli {
     metrics: Option<std::net::SocketAddr>,
 }
 
-fn main() -> ExitCode {
+/// The program: what its command line asks for.
+pub fn main() -> ExitCode {
     log();
     let ended = match std::env::args_os().nth(1).is_some_and(|word| word == HOLD) {
         true => hold(),
@@ -65,6 +70,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Its command line, for its man page and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// This process is the machine's: it outlives who started it, and no key that is pressed there ends it.
