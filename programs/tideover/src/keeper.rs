@@ -59,6 +59,9 @@ pub(crate) struct Plan {
     pub(crate) machines: Vec<String>,
     /// How long each machine may take to get ready.
     pub(crate) timeout: Duration,
+    /// Agents that are not ready are left.
+    #[serde(default)]
+    pub(crate) leave_others: bool,
 }
 
 /// What a keeper says.
@@ -171,6 +174,8 @@ struct Keeper {
     leavers: Vec<Leaver>,
     index: Index,
     scope: Scope,
+    /// The sessions of tideoverd's agents.
+    _agents: Option<tideoverd::Preserved>,
 }
 
 impl Keeper {
@@ -187,6 +192,7 @@ impl Keeper {
         }
         let device = open_device()?;
         let index = Index::preserve(&device, plan.machines)?;
+        let agents = crate::kexec::preserve_agents(plan.timeout, plan.leave_others)?;
         let progress = |done, of| {
             let said = Said::Progress { what: "preserving".to_owned(), done, of };
             if let Err(error) = control::send(channel, &said) {
@@ -194,7 +200,7 @@ impl Keeper {
             }
         };
         let (leavers, failed) = leavers::preserve_all(&device, machines, plan.timeout, &progress)?;
-        let mut keeper = Self { listener, leavers, index, scope };
+        let mut keeper = Self { listener, leavers, index, scope, _agents: agents };
         match failed.map_or_else(|| keeper.shut_down(channel), Err) {
             Ok(()) => Ok(keeper),
             Err(error) => Err(keeper.call_off(error)),

@@ -16,6 +16,7 @@ use ::vmm::control::SealedReport;
 use ::vmm::control::Status;
 use anyhow::Context as _;
 use anyhow::bail;
+use anyhow::ensure;
 use liveupdate::Device;
 use liveupdate::Name;
 use liveupdate::OpenError;
@@ -216,8 +217,35 @@ impl Drop for Loaded {
 /// Opens /dev/liveupdate. KVM first: whatever it can preserve is to be known before the kernel looks at what the kernel
 /// before left, which it does once.
 pub(crate) fn open_device() -> Result<Device, OpenError> {
+    // It has one user at a time, and where there is a tideoverd that one is it.
+    if let Ok(Some(client)) = tideoverd::Client::connect(&machines::directory())
+        && let Ok(device) = client.device().and_then(|device| Ok(Device::from_fd(device)?))
+    {
+        return Ok(device);
+    }
     let _kvm = File::open("/dev/kvm");
     Device::open()
+}
+
+/// Has the agents of tideoverd preserve what they have, if there are any.
+///
+/// # Errors
+/// If one is not ready in time, unless others may be left.
+pub(crate) fn preserve_agents(
+    timeout: Duration,
+    leave_others: bool,
+) -> anyhow::Result<Option<tideoverd::Preserved>> {
+    let Some(client) = tideoverd::Client::connect(&machines::directory())? else { return Ok(None) };
+    let preserved = client.preserve(timeout)?;
+    if !preserved.missing.is_empty() {
+        let missing = preserved.missing.join(", ");
+        ensure!(
+            leave_others,
+            "agents of tideoverd that have not preserved what they have in time: {missing}; or say --leave-others"
+        );
+        complain!("tideover: these agents lose what they have: {missing}");
+    }
+    Ok(Some(preserved))
 }
 
 /// Takes the machines to the next kernel.
@@ -233,6 +261,7 @@ fn leave(
     let names = machines.iter().map(|(name, _)| name.clone()).collect();
     let mut index = Index::preserve(device, names)?;
     let progress = |done, of| bar.at("preserving", done, of);
+    let _agents = preserve_agents(arguments.timeout, arguments.leave_others)?;
     let (mut leavers, failed) = leavers::preserve_all(device, machines, arguments.timeout, &progress)?;
     let left = match failed {
         None => said(&leavers.iter().map(Leaver::preserved).collect::<Vec<_>>(), arguments)

@@ -17,7 +17,6 @@ mod dump;
 mod first_vmm;
 mod inspect;
 mod keeper;
-mod kept;
 mod kexec;
 mod leavers;
 mod orderly;

@@ -97,7 +97,8 @@ pub(crate) fn leave(
     bar: &Bar,
 ) -> anyhow::Result<()> {
     let machines = machines.into_iter().map(|(name, _)| name).collect();
-    let plan = Plan { machines, timeout: arguments.timeout };
+    let (timeout, leave_others) = (arguments.timeout, arguments.leave_others);
+    let plan = Plan { machines, timeout, leave_others };
     let directory = machines::make_directory()?;
     let channel = start(machines::log(&directory, LOG)?)?;
     control::send(&channel, &plan).context("cannot reach the keeper")?;

@@ -44,7 +44,6 @@ use crate::demo;
 use crate::first_vmm;
 use crate::first_vmm::Begun;
 use crate::first_vmm::FirstVmm;
-use crate::kept;
 use crate::machines;
 use crate::progress::Bar;
 use crate::size;
@@ -57,6 +56,8 @@ const CALLED_OFF: u8 = 4;
 const CRASHED: u8 = 5;
 /// How long a VMM may take to say how it is, before it counts as busy.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long tideoverd may take to have a new machine. It has it in a moment, unless it is stopped.
+const KEEP: Duration = Duration::from_secs(5);
 /// How long a VMM may take to answer who asks about its machine alone.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -194,7 +195,7 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
     let begun = begun.with_context(|| format!("cannot start machine {}", arguments.name))?;
     let status = match begun {
         Begun::Runs(mut status) => {
-            status.kept = kept::await_kept(&directory, &arguments.name, &bar);
+            status.kept = await_kept(&directory, &arguments.name, &bar);
             status
         }
         Begun::Over(how) => return ended(how),
@@ -206,6 +207,26 @@ pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
     }
     let client = vmm.let_go()?;
     if arguments.foreground { ended(client.answer(&mut |_, _, _| {})?) } else { Ok(ExitCode::SUCCESS) }
+}
+
+/// Waits until tideoverd keeps the machine, if there is one. Says whether it does.
+fn await_kept(directory: &Path, name: &str, bar: &Bar) -> bool {
+    let kept = match tideoverd::Client::connect(directory) {
+        Ok(None) => return false,
+        Ok(Some(client)) => {
+            bar.say("waiting for tideoverd");
+            client.await_kept(name, KEEP)
+        }
+        Err(error) => Err(error),
+    };
+    match kept {
+        Ok(true) => return true,
+        Ok(false) => {
+            complain!("tideover: tideoverd does not have {name} yet: should its VMM die now, it is lost")
+        }
+        Err(error) => complain!("tideover: {name} is not kept: {error:#}"),
+    }
+    false
 }
 
 /// Refuses what this guest does not have.

@@ -12,6 +12,8 @@ use std::process;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use anyhow::bail;
+use anyhow::ensure;
 use fdpass::Deadline;
 use fdpass::Line;
 use fdpass::LineListener;
@@ -27,6 +29,11 @@ use crate::protocol::Command;
 use crate::protocol::Event;
 use crate::protocol::VERSION;
 use crate::replace;
+use crate::sessions::Kernel;
+use crate::sessions::Orchestrator as _;
+use crate::sessions::Out;
+use crate::sessions::PeerId;
+use crate::sessions::Sessions;
 
 /// The socket, in the directory of this user's machines. No machine's is called so.
 const SOCKET: &str = "luo-agent.socket";
@@ -34,15 +41,15 @@ const SOCKET: &str = "luo-agent.socket";
 const MAX_PEERS: usize = 256;
 
 /// Where agents come, in a directory of machines.
-#[must_use]
-pub fn socket(directory: &Path) -> PathBuf {
+pub(crate) fn socket(directory: &Path) -> PathBuf {
     directory.join(SOCKET)
 }
 
 /// A peer.
 #[derive(Debug)]
-struct Peer {
-    lines: Lines,
+pub(crate) struct Peer {
+    pub(crate) id: PeerId,
+    pub(crate) lines: Lines,
     /// Machines of which it wants to know when they are kept.
     waits_for: Vec<String>,
 }
@@ -50,8 +57,10 @@ struct Peer {
 /// The peers, and where new ones come.
 #[derive(Debug)]
 pub(crate) struct Agents {
-    listener: LineListener,
-    peers: Vec<Peer>,
+    pub(crate) listener: LineListener,
+    pub(crate) peers: Vec<Peer>,
+    pub(crate) sessions: Sessions<Kernel>,
+    next_id: PeerId,
 }
 
 impl Agents {
@@ -60,14 +69,18 @@ impl Agents {
         let path = socket(directory);
         let listener = LineListener::bind(&path)
             .with_context(|| format!("is there a tideoverd already? cannot listen at {}", path.display()))?;
-        Ok(Self { listener, peers: Vec::new() })
+        Ok(Self::new(listener, Kernel::default()))
     }
 
     /// Listens in another one's place.
-    pub(crate) fn adopt(directory: &Path, listener: OwnedFd) -> anyhow::Result<Self> {
+    pub(crate) fn adopt(directory: &Path, listener: OwnedFd, kernel: Kernel) -> anyhow::Result<Self> {
         let mut listener = LineListener::adopt(listener, &socket(directory))?;
         listener.own();
-        Ok(Self { listener, peers: Vec::new() })
+        Ok(Self::new(listener, kernel))
+    }
+
+    fn new(listener: LineListener, kernel: Kernel) -> Self {
+        Self { listener, peers: Vec::new(), sessions: Sessions::new(kernel), next_id: 0 }
     }
 
     /// What rings: new peers first.
@@ -79,10 +92,11 @@ impl Agents {
         self.peers.len()
     }
 
-    /// When to try again to send what a peer has not read yet.
+    /// When to try again to send what a peer has not read yet, or to tell an operator who is not ready.
     pub(crate) fn due(&self) -> Option<Deadline> {
         let slow = self.peers.iter().any(|peer| peer.lines.has_unsent());
-        slow.then(|| Deadline::after(Duration::from_millis(50)))
+        let slow = slow.then(|| Deadline::after(Duration::from_millis(50)));
+        slow.or_else(|| self.sessions.due())
     }
 
     /// Hears who rang. Says whether this daemon was replaced.
@@ -91,23 +105,25 @@ impl Agents {
             self.accept();
             return false;
         };
+        // One before it may be gone since it rang: then its place is another's, which has nothing to say or is heard now.
         let Some(peer) = self.peers.get_mut(place) else { return false };
+        let id = peer.id;
         let lines = match peer.lines.receive() {
             Ok(lines) => lines,
             Err(error) => {
                 debug!(%error, "a peer is gone");
-                self.peers.remove(place);
+                self.let_go(id);
                 return false;
             }
         };
         for line in lines {
-            match self.obey(place, &line, daemon) {
-                Ok(false) => {}
-                Ok(true) => return true,
+            match self.obey(id, &line, daemon) {
+                Ok(After::GoOn) => {}
+                Ok(After::Replaced) => return true,
                 Err(error) => {
-                    debug!(error = &*error, "a peer is let go");
-                    self.peers.remove(place);
-                    return false;
+                    let why = format!("{error:#}");
+                    debug!(why, "a peer is refused something");
+                    self.tell(vec![(id, Event::Error { why }, Vec::new())]);
                 }
             }
         }
@@ -118,7 +134,7 @@ impl Agents {
         match self.listener.accept(Deadline::after(Duration::ZERO)) {
             Ok(lines) => match lines.require_same_user() {
                 Ok(_) if self.peers.len() < MAX_PEERS => {
-                    self.peers.push(Peer { lines, waits_for: Vec::new() });
+                    self.add(lines);
                 }
                 Ok(peer) => warn!(pid = peer.pid, "there are too many peers: one is refused"),
                 Err(error) => warn!(%error, "a peer is refused"),
@@ -127,75 +143,125 @@ impl Agents {
         }
     }
 
-    /// Does what a line asks for. Says whether this daemon was replaced.
-    fn obey(&mut self, place: usize, line: &Line, daemon: &mut Daemon) -> anyhow::Result<bool> {
-        let peer = &mut self.peers[place];
-        let command = match serde_json::from_slice(&line.bytes) {
-            Ok(command) => command,
-            Err(error) => {
-                let why = format!("not understood: {error}");
-                return tell(&mut peer.lines, &Event::Error { why }).map(|()| false);
-            }
-        };
-        match command {
-            Command::Status => tell(&mut peer.lines, &status(daemon))?,
-            Command::Keep { id } => match machines::check_name(&id) {
-                Ok(()) => {
-                    daemon.look_for(&id);
-                    peer.waits_for.push(id);
-                }
-                Err(error) => tell(&mut peer.lines, &Event::Error { why: format!("{error:#}") })?,
-            },
-            Command::Handover { version: VERSION } => {
-                info!("another tideoverd takes over");
-                if replace::hand_over(&mut peer.lines, daemon, &self.listener)? {
-                    return Ok(true);
-                }
-                warn!("the other tideoverd did not take over; this one goes on");
-            }
-            Command::Handover { version } => {
-                let why = format!("this tideoverd speaks version {VERSION}, not {version}");
-                tell(&mut peer.lines, &Event::Error { why })?;
-            }
-            Command::Taken => {
-                tell(&mut peer.lines, &Event::Error { why: "nothing was handed over".to_owned() })?;
-            }
-        }
-        Ok(false)
+    pub(crate) fn add(&mut self, lines: Lines) -> PeerId {
+        self.next_id += 1;
+        self.peers.push(Peer { id: self.next_id, lines, waits_for: Vec::new() });
+        self.next_id
     }
 
-    /// Tells those who wait for a machine to be kept, and sends what was not read.
-    pub(crate) fn tell_kept(&mut self, daemon: &Daemon) {
+    fn let_go(&mut self, id: PeerId) {
+        self.peers.retain(|peer| peer.id != id);
+        let outs = self.sessions.gone(id);
+        self.tell(outs);
+    }
+
+    /// Tells peers. One that cannot be told is let go, which others may have to be told.
+    fn tell(&mut self, outs: Vec<Out>) {
+        let mut gone = Vec::new();
+        for (id, event, fds) in outs {
+            let Some(peer) = self.peers.iter_mut().find(|peer| peer.id == id) else { continue };
+            if let Err(error) = tell(&mut peer.lines, &event, fds) {
+                debug!(error = &*error, "a peer is let go");
+                gone.push(id);
+            }
+        }
+        gone.into_iter().for_each(|id| self.let_go(id));
+    }
+
+    /// Does what a line asks for.
+    ///
+    /// # Errors
+    /// What the peer is to be told.
+    fn obey(&mut self, id: PeerId, line: &Line, daemon: &mut Daemon) -> anyhow::Result<After> {
+        let command = serde_json::from_slice(&line.bytes).context("not understood")?;
+        let outs = match command {
+            Command::Subscribe { id: name } => self.sessions.subscribe(id, name)?,
+            Command::Ready => self.sessions.ready(id)?,
+            Command::Claim { id: name } => self.sessions.claim(id, name)?,
+            Command::Done { id: name } => {
+                self.sessions.done(&name);
+                Vec::new()
+            }
+            Command::Preserve { timeout_ms } => {
+                self.sessions.preserve(id, Duration::from_millis(timeout_ms))?
+            }
+            Command::Release => self.sessions.release(id),
+            Command::Device => vec![(id, Event::Device, vec![self.sessions.kernel.device()?])],
+            Command::Status => vec![(id, self.status(daemon), Vec::new())],
+            Command::Keep { id: name } => {
+                machines::check_name(&name)?;
+                daemon.look_for(&name);
+                let peer = self.peers.iter_mut().find(|peer| peer.id == id);
+                peer.context("it is gone")?.waits_for.push(name);
+                Vec::new()
+            }
+            Command::Handover { version } => return self.hand_over(id, version, daemon),
+            Command::Taken => bail!("nothing was handed over"),
+        };
+        self.tell(outs);
+        Ok(After::GoOn)
+    }
+
+    fn hand_over(&mut self, id: PeerId, version: u32, daemon: &Daemon) -> anyhow::Result<After> {
+        ensure!(version == VERSION, "this tideoverd speaks version {VERSION}, not {version}");
+        ensure!(!self.sessions.is_busy(), "everything is preserved for an update: not now");
+        let at = self.peers.iter().position(|peer| peer.id == id).context("it is gone")?;
+        let mut peer = self.peers.remove(at);
+        info!("another tideoverd takes over");
+        match replace::hand_over(&mut peer.lines, daemon, self) {
+            Ok(true) => return Ok(After::Replaced),
+            Ok(false) => warn!("the other tideoverd did not take over; this one goes on"),
+            Err(error) => warn!(error = &*error, "the other tideoverd did not take over; this one goes on"),
+        }
+        self.let_go(id);
+        Ok(After::GoOn)
+    }
+
+    /// Tells those who wait for a machine to be kept, or for agents to be ready, and sends what was not read.
+    pub(crate) fn act(&mut self, daemon: &Daemon) {
         let is_kept =
             |name: &String| daemon.entries.get(name).is_some_and(|entry| entry.keeping() == Keeping::Kept);
-        self.peers.retain_mut(|peer| {
+        let mut outs = self.sessions.act().unwrap_or_default();
+        let mut gone = Vec::new();
+        for peer in &mut self.peers {
             let (kept, waits_for) = std::mem::take(&mut peer.waits_for).into_iter().partition(is_kept);
             peer.waits_for = waits_for;
-            let told = Vec::into_iter(kept).try_for_each(|id| tell(&mut peer.lines, &Event::Kept { id }));
-            told.is_ok() && peer.lines.flush().is_ok()
-        });
+            outs.extend(Vec::into_iter(kept).map(|id| (peer.id, Event::Kept { id }, Vec::new())));
+            if peer.lines.flush().is_err() {
+                gone.push(peer.id);
+            }
+        }
+        gone.into_iter().for_each(|id| self.let_go(id));
+        self.tell(outs);
     }
 
     /// Another daemon has the socket from now on.
     pub(crate) fn leave(self) {
         self.listener.leave();
     }
-}
 
-pub(crate) fn tell(lines: &mut Lines, event: &Event) -> anyhow::Result<()> {
-    Ok(lines.send(&serde_json::to_vec(event)?, Vec::new())?)
-}
-
-fn status(daemon: &Daemon) -> Event {
-    let names = |keeping| {
-        let these = daemon.entries.values().filter(move |entry| entry.keeping() == keeping);
-        these.map(|entry| entry.name.clone()).collect()
-    };
-    Event::Status {
-        version: VERSION,
-        pid: process::id(),
-        kept: names(Keeping::Kept),
-        alone: names(Keeping::Alone),
-        deaths: daemon.counts.deaths,
+    fn status(&self, daemon: &Daemon) -> Event {
+        let names = |keeping| {
+            let these = daemon.entries.values().filter(move |entry| entry.keeping() == keeping);
+            these.map(|entry| entry.name.clone()).collect()
+        };
+        Event::Status {
+            version: VERSION,
+            pid: process::id(),
+            kept: names(Keeping::Kept),
+            alone: names(Keeping::Alone),
+            deaths: daemon.counts.deaths,
+            agents: self.sessions.subscribers(),
+        }
     }
+}
+
+/// What follows a command.
+enum After {
+    GoOn,
+    Replaced,
+}
+
+pub(crate) fn tell(lines: &mut Lines, event: &Event, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
+    Ok(lines.send(&serde_json::to_vec(event)?, fds)?)
 }

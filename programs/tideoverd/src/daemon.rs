@@ -91,7 +91,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
             }
         }
         daemon.act();
-        agents.tell_kept(&daemon);
+        agents.act(&daemon);
         // Holders that have ended.
         while matches!(rustix::process::wait(WaitOptions::NOHANG), Ok(Some(_))) {}
     }

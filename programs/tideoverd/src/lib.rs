@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod client;
 mod closer;
 mod daemon;
 mod entry;
@@ -16,11 +17,13 @@ mod oom;
 mod protocol;
 mod remains;
 mod replace;
+mod sessions;
 mod watch;
 
 use std::process::ExitCode;
 
-pub use agent::socket;
+pub use client::Client;
+pub use client::Preserved;
 
 use clap::CommandFactory as _;
 use clap::Parser;

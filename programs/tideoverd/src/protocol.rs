@@ -5,13 +5,39 @@ use serde::Serialize;
 
 use crate::remains::About;
 
-/// Version of what is ours.
+/// Version of what is ours: all but SUBSCRIBE, READY, CLAIM and START_PRESERVATION, which are the kernel community's luo-agent's.
 pub(crate) const VERSION: u32 = 1;
 
 /// What a peer asks for.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(tag = "cmd", rename_all = "SCREAMING_SNAKE_CASE")]
 pub(crate) enum Command {
+    /// This agent takes part in live updates.
+    Subscribe {
+        /// What it is called.
+        id: String,
+    },
+    /// It has preserved what it wants to, in the session that it was given.
+    Ready,
+    /// After the update: it wants its session back.
+    Claim {
+        /// What it was called.
+        id: String,
+    },
+    /// It has all that it wants of that session.
+    Done {
+        /// What it was called.
+        id: String,
+    },
+    /// An operator wants to have everything preserved, as long as this connection stands.
+    Preserve {
+        /// How long agents may take.
+        timeout_ms: u64,
+    },
+    /// There is no update after all.
+    Release,
+    /// Give /dev/liveupdate, which has one user at a time.
+    Device,
     /// How is this daemon?
     Status,
     /// Say when this machine is kept.
@@ -41,9 +67,30 @@ pub(crate) enum Event {
         alone: Vec<String>,
         /// VMMs that have died since it began.
         deaths: u64,
+        /// Agents that have subscribed.
+        agents: usize,
     },
+    /// With it comes a session of the kernel's.
+    StartPreservation,
+    /// There is no update: the session is gone.
+    CancelPreservation,
+    /// These agents are ready, and their sessions come with this; those are not.
+    Preserved {
+        ready: Vec<String>,
+        missing: Vec<String>,
+    },
+    /// A session of the kernel before comes with this.
+    Session {
+        id: String,
+    },
+    /// /dev/liveupdate comes with this.
+    Device,
     Kept {
         id: String,
+    },
+    /// A peer, with its connection.
+    Peer {
+        subscribed: Option<String>,
     },
     /// A machine, with its descriptors: its note's, its regions', its vCPUs'.
     Machine {

@@ -4,38 +4,61 @@
 //! one goes on if the new one does not say that it has it.
 
 use std::os::fd::AsFd as _;
+use std::os::fd::OwnedFd;
 
 use anyhow::Context as _;
 use anyhow::bail;
 use fdpass::Deadline;
-use fdpass::LineListener;
+use fdpass::Line;
 use fdpass::Lines;
 use tracing::info;
+use vmm::machines;
 
 use crate::agent;
 use crate::agent::Agents;
+use crate::agent::tell;
 use crate::daemon::Daemon;
 use crate::entry::Entry;
 use crate::protocol::Command;
 use crate::protocol::Event;
 use crate::protocol::VERSION;
 use crate::remains::Remains;
+use crate::sessions::Kernel;
 
 /// Gives another daemon all that is here. Says whether it has taken it.
-pub(crate) fn hand_over(lines: &mut Lines, daemon: &Daemon, listener: &LineListener) -> anyhow::Result<bool> {
+pub(crate) fn hand_over(lines: &mut Lines, daemon: &Daemon, agents: &Agents) -> anyhow::Result<bool> {
     let until = Deadline::after(Daemon::patience());
+    let mut give = |event: Event, fds: Vec<OwnedFd>| -> anyhow::Result<()> {
+        tell(lines, &event, fds)?;
+        Ok(lines.await_sent(until)?)
+    };
     for entry in daemon.entries.values() {
         let Some(remains) = entry.remains() else { continue };
-        let event = Event::Machine { id: entry.name.clone(), about: Box::new(remains.about.clone()) };
-        lines.send(&serde_json::to_vec(&event)?, remains.copies()?)?;
-        lines.await_sent(until)?;
+        let about = Box::new(remains.about.clone());
+        give(Event::Machine { id: entry.name.clone(), about }, remains.copies()?)?;
     }
-    let listener = listener.as_fd().try_clone_to_owned()?;
-    lines.send(&serde_json::to_vec(&Event::End)?, vec![listener])?;
-    lines.await_sent(until)?;
+    if let Some(device) = agents.sessions.kernel.opened() {
+        give(Event::Device, vec![device.as_fd().try_clone_to_owned()?])?;
+    }
+    for (id, session) in agents.sessions.claimed() {
+        give(Event::Session { id: id.clone() }, vec![session.try_clone()?])?;
+    }
+    for peer in &agents.peers {
+        let subscribed = agents.sessions.subscribed(peer.id).map(str::to_owned);
+        give(Event::Peer { subscribed }, vec![peer.lines.as_fd().try_clone_to_owned()?])?;
+    }
+    give(Event::End, vec![agents.listener.as_fd().try_clone_to_owned()?])?;
     let Ok(answer) = lines.receive_some(until) else { return Ok(false) };
     let answer = answer.first().map(|line| serde_json::from_slice(&line.bytes)).transpose()?;
     Ok(answer == Some(Command::Taken))
+}
+
+/// What another daemon gives, but for machines.
+#[derive(Default)]
+struct Given {
+    device: Option<OwnedFd>,
+    sessions: Vec<(String, OwnedFd)>,
+    peers: Vec<(Option<String>, OwnedFd)>,
 }
 
 /// Takes everything from the daemon that listens.
@@ -46,28 +69,52 @@ pub(crate) fn take_over(daemon: &mut Daemon) -> anyhow::Result<Agents> {
     let mut lines = fdpass::connect_lines(&path, until).with_context(cannot)?;
     lines.require_same_user().context("the other tideoverd is not to be trusted")?;
     lines.send(&serde_json::to_vec(&Command::Handover { version: VERSION })?, Vec::new())?;
-    let mut waiting = Vec::new();
+    let mut given = Given::default();
     loop {
-        if waiting.is_empty() {
-            waiting = lines.receive_some(until).context("the other tideoverd does not hand over")?;
-            waiting.reverse();
-        }
-        let Some(line) = waiting.pop() else { continue };
-        match serde_json::from_slice(&line.bytes)? {
-            Event::Machine { id, about } => {
-                let remains = Remains::adopt(*about, line.fds)?;
-                daemon.entries.insert(id.clone(), Entry::adopted(id, remains));
-            }
-            Event::End => {
-                let listener = line.fds.into_iter().next().context("no socket came")?;
-                let agents = Agents::adopt(&daemon.directory, listener)?;
+        let came = lines.receive_some(until).context("the other tideoverd does not hand over")?;
+        for line in came {
+            if let Some(listener) = take(line, daemon, &mut given)? {
+                let agents = begin(daemon, listener, given)?;
                 lines.send(&serde_json::to_vec(&Command::Taken)?, Vec::new())?;
                 lines.await_sent(until)?;
-                info!(machines = daemon.entries.len(), "took over");
+                info!(machines = daemon.entries.len(), peers = agents.count(), "took over");
                 return Ok(agents);
             }
-            Event::Error { why } => bail!("the other tideoverd refuses: {}", why.escape_debug()),
-            other => bail!("unexpected while it hands over: {other:?}"),
         }
     }
+}
+
+/// Takes one thing. Gives the agents' socket, which comes last.
+fn take(line: Line, daemon: &mut Daemon, given: &mut Given) -> anyhow::Result<Option<OwnedFd>> {
+    let Line { bytes, mut fds } = line;
+    let fd = |fds: &mut Vec<OwnedFd>| fds.pop().context("no descriptor came");
+    match serde_json::from_slice(&bytes)? {
+        Event::Machine { id, about } => {
+            machines::check_name(&id)?;
+            let remains = Remains::adopt(*about, fds)?;
+            daemon.entries.insert(id.clone(), Entry::adopted(id, remains));
+        }
+        Event::Device => given.device = Some(fd(&mut fds)?),
+        Event::Session { id } => given.sessions.push((id, fd(&mut fds)?)),
+        Event::Peer { subscribed } => given.peers.push((subscribed, fd(&mut fds)?)),
+        Event::End => return fd(&mut fds).map(Some),
+        Event::Error { why } => bail!("the other tideoverd refuses: {}", why.escape_debug()),
+        other => bail!("unexpected while it hands over: {other:?}"),
+    }
+    Ok(None)
+}
+
+fn begin(daemon: &Daemon, listener: OwnedFd, given: Given) -> anyhow::Result<Agents> {
+    let kernel = given.device.map_or_else(|| Ok(Kernel::default()), Kernel::with)?;
+    let mut agents = Agents::adopt(&daemon.directory, listener, kernel)?;
+    for (id, session) in given.sessions {
+        agents.sessions.adopt(id, session);
+    }
+    for (subscribed, connection) in given.peers {
+        let peer = agents.add(Lines::from_fd(connection)?);
+        if let Some(id) = subscribed {
+            agents.sessions.subscribe(peer, id)?;
+        }
+    }
+    Ok(agents)
 }

@@ -1,7 +1,8 @@
 //! Lines of text with file descriptors, over a Unix socket of type `SOCK_STREAM`: what agents of live update speak.
 //!
-//! A stream has no messages, and descriptors come with the bytes that they were sent with: they belong to the first line that
-//! ends in or after those bytes. Neither side waits for the other here. What cannot be sent yet is kept, up to a limit; a peer that
+//! A stream has no messages. Descriptors come with bytes, and the kernel joins bytes that were sent apart, up to and with the first that
+//! have descriptors: so these belong to the line with the last byte of what was received at once. That is the line that they were sent
+//! with where each line is sent by itself, as it is here. Neither side waits for the other here. What cannot be sent yet is kept, up to a limit; a peer that
 //! sends a line without an end, or does not read, is told apart from one that is slow.
 
 use std::collections::VecDeque;
@@ -15,7 +16,7 @@ use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair, sockopt,
 };
 
 use crate::channel::{MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, PairError};
@@ -140,10 +141,6 @@ impl Lines {
             if len == 0 {
                 return if lines.is_empty() { Err(LineError::Closed) } else { Ok(lines) };
             }
-            self.fds.extend(fds);
-            if self.fds.len() > MAX_PENDING_FDS {
-                return Err(LineError::TooManyFds);
-            }
             for part in bytes[..len].split_inclusive(|byte| *byte == b'\n') {
                 self.received.extend(part);
                 if self.received.last() == Some(&b'\n') {
@@ -154,6 +151,14 @@ impl Lines {
                 if self.received.len() > MAX_LINE_BYTES {
                     return Err(LineError::TooLong);
                 }
+            }
+            let of_last = match lines.last_mut() {
+                Some(last) if self.received.is_empty() => &mut last.fds,
+                _ => &mut self.fds,
+            };
+            of_last.extend(fds);
+            if of_last.len() > MAX_PENDING_FDS {
+                return Err(LineError::TooManyFds);
             }
             // One peer that never stops is not to keep the others waiting.
             if lines.len() >= 64 {
@@ -231,10 +236,15 @@ impl Lines {
         !self.unsent.is_empty()
     }
 
-    /// The descriptor, to be given to another process. What was received and is no line yet, and what is unsent, is lost.
-    #[must_use]
-    pub fn into_fd(self) -> OwnedFd {
-        self.socket
+    /// Takes a descriptor that is said to be one end of a connection, after asking the kernel.
+    ///
+    /// # Errors
+    ///
+    /// If it is something else. The descriptor is then closed.
+    pub fn from_fd(fd: OwnedFd) -> std::io::Result<Self> {
+        let is_stream = sockopt::socket_domain(&fd)? == AddressFamily::UNIX
+            && sockopt::socket_type(&fd)? == SocketType::STREAM;
+        if is_stream { Ok(Self::from_connected(fd)) } else { Err(Errno::PROTOTYPE.into()) }
     }
 
     /// The next lines that come, at least one.

@@ -2,8 +2,12 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use rustix::fs::FileType;
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -116,6 +120,13 @@ pub struct Device {
     file: File,
 }
 
+impl AsFd for Device {
+    /// For another process that is to use it, too: who has this one may do all that its user may.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl Device {
     /// Opens it. The first time since the kernel was booted, this has the kernel read what the one before left.
     ///
@@ -124,6 +135,17 @@ impl Device {
     pub fn open() -> Result<Self, OpenError> {
         let file = File::options().read(true).write(true).open(Path::new(PATH)).map_err(OpenError::of)?;
         Ok(Self { file })
+    }
+
+    /// Takes the device from another process, which has it open.
+    ///
+    /// # Errors
+    /// If it is another file.
+    pub fn from_fd(device: OwnedFd) -> io::Result<Self> {
+        let (given, own) = (rustix::fs::fstat(&device)?, rustix::fs::stat(PATH)?);
+        let is_device =
+            FileType::from_raw_mode(given.st_mode).is_char_device() && given.st_rdev == own.st_rdev;
+        if is_device { Ok(Self { file: device.into() }) } else { Err(Errno::NODEV.into()) }
     }
 
     /// Makes an empty session that the next kernel is to have.

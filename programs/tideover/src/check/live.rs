@@ -35,7 +35,7 @@ impl Calls for Live {
     fn device(&self) -> Device {
         // First, so that what KVM brings is there when the device is opened.
         let kvm = Kvm::new().map_err(|error| format!("there is no KVM: {error}"));
-        let device = match liveupdate::Device::open() {
+        let device = match crate::kexec::open_device() {
             Ok(device) => device,
             Err(error) => return Device::Refused(error),
         };

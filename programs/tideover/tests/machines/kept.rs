@@ -1,7 +1,6 @@
 //! Machines whose VMMs die, and the process that keeps them.
 
 use std::fs;
-use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -261,7 +260,41 @@ fn a_peer_that_lies_floods_or_stalls_harms_nobody_else() {
         serde_json::from_slice::<Value>(&came[0].bytes).ok()
     });
     assert_eq!(status["kept"], json!(["web1"]));
-    let _ = good.as_fd();
+}
+
+/// Tells nothing where all is well: as agents expect it.
+fn subscribe(agent: &mut Lines, id: &str) -> Option<Value> {
+    agent.send(&serde_json::to_vec(&json!({ "cmd": "SUBSCRIBE", "id": id })).unwrap(), Vec::new()).unwrap();
+    let first = command(agent, &json!({ "cmd": "STATUS" }));
+    (first["event"] != "STATUS").then(|| {
+        agent.receive_some(Deadline::after(PATIENCE)).unwrap();
+        first
+    })
+}
+
+#[test]
+fn an_agent_stays_subscribed_when_the_daemon_is_replaced_and_its_name_is_its_own() {
+    let mut host = kept();
+    let (mut agent, mut other) = (host.agent(), host.agent());
+    assert_eq!(subscribe(&mut agent, "vm-a"), None);
+    assert_eq!(subscribe(&mut other, "vm-a").unwrap()["event"], "ERROR");
+    let mut old = host.start_daemon(&["--replace"]).unwrap();
+    wait_for("the old daemon's end", || old.ended());
+    let status = command(&mut agent, &json!({ "cmd": "STATUS" }));
+    assert_eq!(status["agents"], 1);
+    assert_eq!(subscribe(&mut other, "vm-a").unwrap()["event"], "ERROR");
+    drop(agent);
+    wait_for("a name that is free", || subscribe(&mut other, "vm-a").is_none().then_some(()));
+    if !Path::new("/dev/liveupdate").exists() {
+        let refused = command(&mut host.agent(), &json!({ "cmd": "PRESERVE", "timeout_ms": 1000 }));
+        assert!(refused["why"].as_str().unwrap().contains("there is no /dev/liveupdate"), "{refused}");
+    }
+    drop(other);
+    let mut operator = host.agent();
+    wait_for("nobody who is asked", || {
+        let preserved = command(&mut operator, &json!({ "cmd": "PRESERVE", "timeout_ms": 1000 }));
+        (preserved == json!({ "event": "PRESERVED", "ready": [], "missing": [] })).then_some(())
+    });
 }
 
 #[test]
