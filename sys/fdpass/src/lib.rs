@@ -10,6 +10,7 @@
 //! - A [`Pidfd`] tells when a process is gone, which a closed channel alone does not: a channel can
 //!   be closed by a process that lives, and kept open by a child of one that does not.
 //! - [`kind()`] says what a descriptor is of.
+//! - [`systemd`] is the service manager, which is told of things and keeps descriptors.
 //! - A [`Deadline`] ends every wait.
 //!
 //! # Starting a program that has a channel
@@ -36,7 +37,10 @@
 //!
 //! Not here: what the bytes mean.
 
-#![expect(unsafe_code, reason = "asks who is at the other end with getsockopt")]
+#![expect(
+    unsafe_code,
+    reason = "asks who is at the other end with getsockopt, and takes what the service manager passed"
+)]
 
 mod channel;
 mod clock;
@@ -46,6 +50,7 @@ mod kind;
 mod lines;
 mod listener;
 mod peer;
+pub mod systemd;
 
 pub use channel::{
     AdoptError, Channel, MAX_MESSAGE_BYTES, MAX_MESSAGE_FDS, Message, PairError, ReceiveError, SendError,
