@@ -10,11 +10,16 @@
 #![forbid(unsafe_code)]
 
 mod kept;
+mod leaving;
 mod note;
 mod standing;
 mod when;
 
 pub use kept::Kept;
+pub use leaving::LeaveError;
+pub use leaving::Leaving;
+pub use leaving::LostError;
+pub use leaving::Offer;
 pub use note::Note;
 pub use note::NoteError;
 pub use note::NoteFile;

@@ -33,8 +33,6 @@ pub use kept::Found;
 pub use kept::KeptError;
 pub use leaving::LeaveError;
 pub use leaving::Leaving;
-pub use leaving::LostError;
-pub use leaving::Offer;
 pub use leaving::Preserved;
 
 /// What this carrier can do.

@@ -3,10 +3,11 @@
 use std::os::fd::OwnedFd;
 
 use anyhow::Context as _;
+use custody::LostError;
+use custody::Offer;
 use fdpass::Channel;
 use fdpass::Deadline;
 use kexec::Leaving;
-use kexec::Offer;
 use liveupdate::Outgoing;
 use liveupdate::moment::TscRate;
 use machine::update::Step;
@@ -93,7 +94,7 @@ fn leave(
     mut leaving: Leaving<'_, AnyGuest>,
     offer: Offer,
     channel: &Channel,
-) -> Result<(), kexec::LostError> {
+) -> Result<(), LostError> {
     let prepared = leaving.preserve(offer).map_err(anyhow::Error::new).and_then(|preserved| {
         let rate = TscRate::measure().context("cannot tell how fast the host's TSC runs")?;
         Ok((preserved, rate))
