@@ -17,6 +17,9 @@ use serde::Serialize;
 
 use crate::Item;
 
+/// Beside a machine's regions and a note there are two more notes at most at a time, and what shows that the last one is in: one
+/// is added for a restart, and the next process replaces both.
+const SPARE: usize = 3;
 /// How long the manager may take: it may have a whole host to start.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -39,7 +42,8 @@ pub struct Deposit {
 }
 
 impl Deposit {
-    /// Has a new machine's regions and its first note kept, before its guest runs.
+    /// Has a new machine's regions and its first note kept, before its guest runs, and makes sure that there is room for what
+    /// comes later.
     ///
     /// # Errors
     /// [`PushError`]: nothing of it is in the store.
@@ -53,7 +57,7 @@ impl Deposit {
             .map(|(index, fd)| (deposit.name(Item::Region(index)), fd))
             .chain([(deposit.name(Item::Note(0)), note.as_fd())])
             .collect();
-        let pushed = deposit.manager.push(&all, deadline());
+        let pushed = deposit.manager.push(&all, SPARE, deadline());
         drop(all);
         match pushed {
             Ok(()) => Ok(deposit),
@@ -74,6 +78,18 @@ impl Deposit {
         Ok(Self { manager, machine: machine.to_owned(), told })
     }
 
+    /// Has the machine's regions kept once more, where the manager has dropped them.
+    ///
+    /// # Errors
+    /// [`PushError`]: some of them may be in the store.
+    pub fn put_regions(&mut self, machine: &Machine) -> Result<(), PushError> {
+        let fds: Vec<BorrowedFd<'_>> = machine.regions().map(region_fd).collect();
+        self.told.regions = fds.len();
+        let named: Vec<_> =
+            fds.into_iter().enumerate().map(|(index, fd)| (self.name(Item::Region(index)), fd)).collect();
+        self.manager.push(&named, SPARE, deadline())
+    }
+
     /// What the next process that has the machine is to be told.
     pub fn told(&self) -> Told {
         self.told
@@ -91,7 +107,7 @@ impl Deposit {
     pub fn add_note(&mut self, note: &NoteFile) -> Result<(), PushError> {
         let number = self.told.note + 1;
         let name = self.name(Item::Note(number));
-        if let Err(error) = self.manager.push(&[(name.clone(), note.as_fd())], deadline()) {
+        if let Err(error) = self.manager.push(&[(name.clone(), note.as_fd())], 0, deadline()) {
             // It may be in, all the same.
             let _ = self.manager.remove(&name, deadline());
             return Err(error);

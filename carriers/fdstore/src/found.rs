@@ -78,23 +78,23 @@ impl Found {
     ///
     /// # Errors
     /// [`FoundError`]: nothing has changed in the store.
-    pub fn keep(self) -> Result<Kept, FoundError> {
+    pub fn keep(&self) -> Result<Kept, FoundError> {
         let Self { notes, regions } = self;
         if let Some(index) = (0..regions.len()).find(|index| !regions.contains_key(index)) {
             return Err(FoundError::Missing { index });
         }
-        let regions: Vec<OwnedFd> = regions.into_values().collect();
         let mut unread = FoundError::Missing { index: 0 };
-        for note in notes.into_values().rev() {
-            let file = match NoteFile::from_fd(note) {
+        let copy = |error| FoundError::Custody(CustodyError::Copy(error));
+        for note in notes.values().rev() {
+            let file = match NoteFile::from_fd(note.try_clone().map_err(copy)?) {
                 Ok(file) => file,
                 Err(error) => {
                     unread = FoundError::Note(error);
                     continue;
                 }
             };
-            let copies = regions.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>();
-            let copies = copies.map_err(|error| FoundError::Custody(CustodyError::Copy(error)))?;
+            let copies = regions.values().map(OwnedFd::try_clone).collect::<Result<_, _>>();
+            let copies = copies.map_err(copy)?;
             match Kept::left_behind(file, copies) {
                 Ok(kept) => return Ok(kept),
                 Err(CustodyError::Note(error)) => unread = FoundError::Note(error),

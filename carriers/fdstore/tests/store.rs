@@ -19,6 +19,7 @@ use fdstore::FoundError;
 use machine::Machine;
 use machine::MemoryName;
 use machine::MemorySpec;
+use machine::OwnershipState;
 use machine::SessionName;
 use machine::Spec;
 use machine::StateName;
@@ -52,7 +53,7 @@ fn settle(deposit: &Deposit) {
 
 #[test]
 fn a_machine_whose_vmm_has_died_is_found_in_the_store() {
-    let played = manager::Manager::start(4);
+    let played = manager::Manager::start(6);
     let machine = machine();
     let deposit = Deposit::make(at(&played), &machine, &file(&machine, "first")).unwrap();
     settle(&deposit);
@@ -71,7 +72,7 @@ fn a_machine_whose_vmm_has_died_is_found_in_the_store() {
 
 #[test]
 fn a_machine_that_was_sealed_can_go_on_once_its_vmm_has_ended() {
-    let played = manager::Manager::start(4);
+    let played = manager::Manager::start(6);
     let mut machine = machine();
     let deposit = Deposit::make(at(&played), &machine, &file(&machine, "first")).unwrap();
     let freeze = machine.memories()[0].inode.freeze().unwrap();
@@ -81,17 +82,18 @@ fn a_machine_that_was_sealed_can_go_on_once_its_vmm_has_ended() {
     assert!(matches!(found(&played).keep().unwrap().standing().unwrap(), Standing::Taken(_)));
     drop((freeze, machine));
     let standing = found(&played).keep().unwrap().standing().unwrap();
-    assert_eq!(standing, Standing::Ready { sealed, claimed: None });
+    let Standing::Ready(word) = standing else { panic!("{standing:?}") };
+    assert_eq!((word.state(), word.epoch()), (OwnershipState::Sealed, sealed));
 }
 
 #[test]
 fn a_store_without_room_for_all_keeps_nothing() {
     let machine = machine();
-    // Two regions, a note, and the probe.
-    for room in 0..4 {
+    // Two regions, a note, two more for later, and the probe.
+    for room in 0..6 {
         let played = manager::Manager::start(room);
         let made = Deposit::make(at(&played), &machine, &file(&machine, "first"));
-        assert_eq!(made.unwrap_err(), PushError::Refused { count: 3 }, "{room}");
+        assert_eq!(made.unwrap_err(), PushError::Refused { count: 6 }, "{room}");
         assert_eq!(played.stored(), [] as [&str; 0], "{room}");
     }
 }
@@ -120,9 +122,10 @@ fn the_newest_note_that_can_be_read_counts() {
 
 #[test]
 fn a_note_that_finds_no_room_leaves_the_last_one() {
-    let played = manager::Manager::start(4);
+    let played = manager::Manager::start(6);
     let machine = machine();
     let mut deposit = Deposit::make(at(&played), &machine, &file(&machine, "first")).unwrap();
+    played.set_room(4);
     assert_eq!(deposit.add_note(&file(&machine, "second")), Err(PushError::Refused { count: 1 }));
     settle(&deposit);
     assert_eq!(played.stored(), ["tideover/m1/0", "tideover/m1/1", "tideover/m1/note.0"]);

@@ -85,6 +85,11 @@ impl Manager {
         self.state().room = room;
     }
 
+    /// It closes all that it keeps.
+    pub fn drop_all(&self) {
+        self.state().stored.clear();
+    }
+
     /// Names of what it keeps, in the order in which it came.
     pub fn stored(&self) -> Vec<String> {
         self.state().stored.iter().map(|(name, _)| name.clone()).collect()
@@ -122,7 +127,8 @@ impl Manager {
         let names: Vec<&str> = state.stored.iter().map(|(name, _)| name.as_str()).collect();
         let mut command = Command::new("/bin/sh");
         command.env("NOTIFY_SOCKET", self.address());
-        command.args(["-c", &format!("LISTEN_PID=$$ exec \"$0\" \"$@\"{redirected}")]).arg(program);
+        let pid = if names.is_empty() { "" } else { "LISTEN_PID=$$ " };
+        command.args(["-c", &format!("{pid}exec \"$0\" \"$@\"{redirected}")]).arg(program);
         if !names.is_empty() {
             command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_FDNAMES", names.join(":"));
         }

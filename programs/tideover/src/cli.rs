@@ -35,6 +35,7 @@ pub(crate) enum Command {
     Report(Report),
     Top(Top),
     Stop(Stop),
+    Service(Service),
     Console(Console),
     Check(Check),
     Inspect(Inspect),
@@ -65,6 +66,22 @@ fn after(example: &str) -> String {
 #[command(after_help = after("tideover run web1 --memory 2GiB && tideover update web1 && tideover stop web1
     tideover run vm1 --kernel bzImage --initrd initrd.img --disk vm1.img --tap tap0 && tideover console vm1"))]
 pub(crate) struct Run {
+    #[command(flatten)]
+    pub(crate) new: NewMachine,
+    /// The machine goes with the host through `tideover kexec`.
+    #[arg(long)]
+    pub(crate) through_kexec: bool,
+    /// Stay until the guest ends, and end as it does. The machine does not end with this command.
+    #[arg(long)]
+    pub(crate) foreground: bool,
+    /// Give the machine's status as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A machine that is to be made.
+#[derive(Debug, Args)]
+pub(crate) struct NewMachine {
     /// The machine's name: letters, digits, `.`, `_` and `-`.
     pub(crate) name: String,
     #[command(flatten)]
@@ -101,21 +118,54 @@ pub(crate) struct Run {
     #[arg(long, value_enum, value_name = "AT_OTHER_CALLS", default_value_t = Confine::No, default_missing_value = "deny",
           num_args = 0..=1, require_equals = true)]
     pub(crate) confine: Confine,
-    /// The machine goes with the host through `tideover kexec`.
-    #[arg(long)]
-    pub(crate) through_kexec: bool,
     /// When the VMM is ended because memory ran out, and tideoverd keeps the machine.
     #[arg(long, value_enum, default_value_t = OnOom::Keep)]
     pub(crate) on_oom: OnOom,
     /// Another program that the machine may be updated to, beside the file that this one was started from.
     #[arg(long, value_name = "PATH")]
     pub(crate) allow_program: Vec<PathBuf>,
-    /// Stay until the guest ends, and end as it does. The machine does not end with this command.
-    #[arg(long)]
-    pub(crate) foreground: bool,
-    /// Give the machine's status as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
+}
+
+/// Runs a machine as a unit of systemd's, whose restart the guest outlives. Called by the unit (dist/systemd), not by hand.
+///
+/// The machine's memory is in the unit's file descriptor store as long as it runs. `systemctl restart` has the guest stand still,
+/// and the unit's next process runs it on; `systemctl stop` ends it. If the VMM dies, the memory stays.
+#[derive(Debug, Args)]
+pub(crate) struct Service {
+    #[command(subcommand)]
+    pub(crate) verb: ServiceVerb,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServiceVerb {
+    Run(ServiceRun),
+    Stop(ServiceStop),
+}
+
+/// For ExecStart=, with Type=notify: this process becomes the machine's VMM.
+///
+/// It runs the machine that is in the unit's store; if there is none, it makes one. What a machine is made of it keeps: other
+/// options for one that is in the store change nothing.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit code: 0 if the machine is over, 1 if not, 2 for a wrong command line.
+
+Example: ExecStart=/usr/bin/tideover service run web1 --memory 2GiB")]
+pub(crate) struct ServiceRun {
+    #[command(flatten)]
+    pub(crate) new: NewMachine,
+}
+
+/// For ExecStop=: leaves the machine in the unit's store if the unit is being restarted, and ends it if it is being stopped.
+///
+/// Which of these it is, is the manager's job for the unit. Without one the main process has ended by itself, and there is nothing
+/// to do. If the machine cannot be left in the store, its guest runs on, and this fails.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit code: 0 if it was done, 1 if not, 2 for a wrong command line.
+
+Example: ExecStop=/usr/bin/tideover service stop web1")]
+pub(crate) struct ServiceStop {
+    /// The machine.
+    pub(crate) name: String,
 }
 
 /// What a machine is made of.

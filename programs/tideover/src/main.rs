@@ -26,6 +26,7 @@ mod progress;
 mod recover;
 mod report;
 mod resume;
+mod service;
 mod size;
 mod table;
 mod time;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
         cli::Command::Report(arguments) => report::report(&arguments),
         cli::Command::Top(arguments) => top::top(&arguments),
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
+        cli::Command::Service(arguments) => service::service(&arguments),
         cli::Command::Console(arguments) => console::console(&arguments),
         cli::Command::Check(arguments) => check::check(&arguments),
         cli::Command::Inspect(arguments) => inspect::inspect(&arguments),

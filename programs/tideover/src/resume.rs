@@ -253,6 +253,7 @@ impl Ready {
             program: program.as_deref().map(std::path::absolute).transpose()?,
             log: Some(directory.join(format!("{name}.log"))),
             brings: Brings::Session,
+            stored: None,
         };
         Self::again(hold)
     }

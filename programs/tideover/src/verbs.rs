@@ -40,6 +40,8 @@ use socket::Program;
 use socket::Timeouts;
 
 use crate::cli;
+use crate::cli::NewMachine;
+use crate::cli::Run;
 use crate::demo;
 use crate::first_vmm;
 use crate::first_vmm::Begun;
@@ -160,42 +162,22 @@ fn held_json(held: &Held) -> serde_json::Value {
     })
 }
 
-pub(crate) fn run(arguments: &cli::Run) -> anyhow::Result<ExitCode> {
-    machines::check_name(&arguments.name)?;
-    if machines::connect(&arguments.name).is_ok() {
-        bail!("there is a machine {} already: stop it first, or take another name", arguments.name);
+pub(crate) fn run(arguments: &Run) -> anyhow::Result<ExitCode> {
+    let (Run { new, .. }, name) = (arguments, &arguments.new.name);
+    machines::check_name(name)?;
+    if machines::connect(name).is_ok() {
+        bail!("there is a machine {name} already: stop it first, or take another name");
     }
-    let spec = first_vmm::spec(&arguments.name, &arguments.hardware)?;
-    check_kernel(arguments, &spec)?;
-    let directory = machines::make_directory()?;
-    let socket = machines::socket(&directory, &arguments.name);
-    let spec = MachineSpec {
-        numa: arguments.numa.clone(),
-        socket: Some(socket),
-        on_power_off: then(arguments.on_power_off),
-        on_reset: then(arguments.on_reset),
-        on_crash: then(arguments.on_crash),
-        disks: arguments.disk.iter().map(|disk| disk_spec(disk)).collect::<Result<_, _>>()?,
-        taps: arguments.tap.clone(),
-        linux: linux_spec(arguments)?,
-        confine: arguments.confine.of_spec(),
-        through_kexec: arguments.through_kexec,
-        on_oom: match arguments.on_oom {
-            cli::OnOom::Keep => OnOom::Keep,
-            cli::OnOom::Drop => OnOom::Drop,
-        },
-        ..spec
-    };
-    let file = machines::log(&directory, &arguments.name)?;
+    let spec = MachineSpec { through_kexec: arguments.through_kexec, ..spec(new)? };
+    let file = machines::log(&machines::make_directory()?, name)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let bar = Bar::new();
-    let mut vmm =
-        FirstVmm::start(&program, &spec, &arguments.allow_program, arguments.foreground, Some(file))?;
+    let mut vmm = FirstVmm::start(&program, &spec, &new.allow_program, arguments.foreground, Some(file))?;
     let begun = vmm.await_begin(&bar).map_err(|error| vmm.explain(error));
-    let begun = begun.with_context(|| format!("cannot start machine {}", arguments.name))?;
+    let begun = begun.with_context(|| format!("cannot start machine {name}"))?;
     let status = match begun {
         Begun::Runs(mut status) => {
-            status.kept = await_kept(&directory, &arguments.name, &bar);
+            status.kept = await_kept(&machines::directory(), name, &bar);
             status
         }
         Begun::Over(how) => return ended(how),
@@ -229,8 +211,33 @@ fn await_kept(directory: &Path, name: &str, bar: &Bar) -> bool {
     false
 }
 
+/// The machine that is asked for, with a control socket in the directory of this user's machines; what this host cannot have is
+/// refused here.
+pub(crate) fn spec(arguments: &NewMachine) -> anyhow::Result<MachineSpec> {
+    machines::check_name(&arguments.name)?;
+    let spec = first_vmm::spec(&arguments.name, &arguments.hardware)?;
+    check_kernel(arguments, &spec)?;
+    let directory = machines::make_directory()?;
+    Ok(MachineSpec {
+        numa: arguments.numa.clone(),
+        socket: Some(machines::socket(&directory, &arguments.name)),
+        on_power_off: then(arguments.on_power_off),
+        on_reset: then(arguments.on_reset),
+        on_crash: then(arguments.on_crash),
+        disks: arguments.disk.iter().map(|disk| disk_spec(disk)).collect::<Result<_, _>>()?,
+        taps: arguments.tap.clone(),
+        linux: linux_spec(arguments)?,
+        confine: arguments.confine.of_spec(),
+        on_oom: match arguments.on_oom {
+            cli::OnOom::Keep => OnOom::Keep,
+            cli::OnOom::Drop => OnOom::Drop,
+        },
+        ..spec
+    })
+}
+
 /// Refuses what this guest does not have.
-fn check_kernel(arguments: &cli::Run, spec: &MachineSpec) -> anyhow::Result<()> {
+fn check_kernel(arguments: &NewMachine, spec: &MachineSpec) -> anyhow::Result<()> {
     if arguments.kernel.is_some() && spec.vcpus > 1 {
         bail!("--kernel: a kernel is told of one processor only; leave --vcpus out");
     }
@@ -258,7 +265,7 @@ fn disk_spec(text: &str) -> anyhow::Result<DiskSpec> {
     Ok(DiskSpec { path: absolute(path.as_ref())?, read_only })
 }
 
-fn linux_spec(arguments: &cli::Run) -> anyhow::Result<Option<LinuxSpec>> {
+fn linux_spec(arguments: &NewMachine) -> anyhow::Result<Option<LinuxSpec>> {
     let Some(kernel) = &arguments.kernel else { return Ok(None) };
     let initrd = arguments.initrd.as_deref().map(absolute).transpose()?;
     Ok(Some(LinuxSpec { kernel: absolute(kernel)?, initrd, command_line: arguments.cmdline.clone() }))

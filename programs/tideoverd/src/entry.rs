@@ -174,6 +174,11 @@ impl Entry {
             return self.heard_of_holder(&answer);
         }
         match answer {
+            // Should its process end, the manager starts the next one: a holder would be in its way.
+            Answer::Custody(custody) if custody.stored => {
+                info!(name = self.name, "the service manager keeps the machine");
+                self.forget(means);
+            }
             Answer::Custody(custody) => match Remains::take(&custody, fds) {
                 Ok(remains) => self.keep(remains, means),
                 Err(error) => warn!(name = self.name, error = &*error, "what it gives is not taken"),
@@ -387,6 +392,7 @@ fn give(name: &str, channel: &Channel, remains: &Remains) -> anyhow::Result<()> 
             origin: about.origin,
             died: format!("process {}", about.pid),
         },
+        stored: None,
     };
     let fds: Vec<BorrowedFd<'_>> = remains.fds().collect();
     vmm::give(channel, &hold, &fds)

@@ -47,7 +47,7 @@ impl Remains {
     /// # Errors
     /// If that is not what it said.
     pub(crate) fn take(custody: &Custody, mut fds: Vec<OwnedFd>) -> anyhow::Result<Self> {
-        let Custody { note, vcpus, pid, origin, on_oom } = custody;
+        let Custody { note, vcpus, pid, origin, on_oom, .. } = custody;
         let regions = note.regions.len();
         ensure!((1..=MAX_REGIONS).contains(&regions), "it tells of {regions} regions");
         ensure!(regions.checked_add(*vcpus) == Some(fds.len()), "{} descriptors came", fds.len());

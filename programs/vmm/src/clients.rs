@@ -226,6 +226,12 @@ impl Clients {
         (client.0 < self.list.len()).then(|| self.list.remove(client.0).channel)
     }
 
+    /// The process at the other end, as it was when it connected.
+    pub(crate) fn process(&self, client: ClientId) -> Option<u32> {
+        let peer = self.list.get(client.0)?.channel.peer().ok()?;
+        Some(peer.pid)
+    }
+
     /// Changes what a connection is for.
     pub(crate) fn set_mode(&mut self, client: ClientId, mode: Mode) {
         if let Some(client) = self.list.get_mut(client.0) {

@@ -232,6 +232,9 @@ pub enum Request {
     Preserve,
     /// After [`Request::Preserve`]: have the guest stand still, save and seal it.
     Seal,
+    /// The service that the VMM belongs to is restarted: have the guest stand still, save and seal it, leave the machine in the
+    /// service manager's store, and end.
+    Park,
     /// After [`Request::Preserve`]: there is no kexec, everything is to be as before.
     GoOn,
     /// What did the last kexec take?
@@ -266,7 +269,7 @@ pub enum Request {
 impl Request {
     /// What it asks for can be done while the machine is sealed where it is.
     pub(crate) fn leaves_at_rest(&self) -> bool {
-        !matches!(self, Self::Update(_) | Self::Preserve | Self::Resume)
+        !matches!(self, Self::Update(_) | Self::Preserve | Self::Park | Self::Resume)
     }
 }
 
@@ -402,6 +405,9 @@ pub struct Status {
     /// How many times it was recovered from the death of its VMM.
     #[serde(default)]
     pub recoveries: u64,
+    /// Its VMMs are a service of a service manager, which keeps its memory, too.
+    #[serde(default)]
+    pub stored: bool,
 }
 
 /// The outcome of an update.
@@ -614,6 +620,9 @@ pub struct Custody {
     pub origin: Origin,
     /// When the process is ended for want of memory.
     pub on_oom: OnOom,
+    /// The service manager keeps it already, and says what follows on the process's end: it is not for others to keep.
+    #[serde(default)]
+    pub stored: bool,
 }
 
 impl PartialEq for Custody {

@@ -27,7 +27,6 @@ use crate::control::GuestKind;
 use crate::control::MachineSpec;
 use crate::control::Pages;
 use crate::control::Store;
-use crate::guest;
 use crate::guest::Health;
 use crate::guest::Served;
 use crate::kvm_guest;
@@ -57,9 +56,17 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>, waits: bool) -> anyhow::R
     if waits {
         clients.set_mode(Clients::MAKER, Mode::Waits);
     }
-    match make(spec, &clients) {
+    let mut progress = |done, of| {
+        let what = "warming up memory".to_owned();
+        clients.tell(Clients::MAKER, &Answer::Progress { what, done, of });
+    };
+    match make(spec, &mut progress) {
         Ok((machine, guest, backends)) => {
             let mut vmm = Vmm::new(spec.clone(), machine, guest, clients, backends, programs);
+            if let Err(error) = vmm.begin() {
+                vmm.clients.tell(Clients::MAKER, &Answer::Error(format!("{error:#}")));
+                return Ok(());
+            }
             if let Err(error) = vmm.confine() {
                 vmm.clients.tell(Clients::MAKER, &Answer::Error(format!("{:#}", anyhow::Error::new(error))));
                 return Ok(());
@@ -74,9 +81,13 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>, waits: bool) -> anyhow::R
     }
 }
 
-type Made = (Machine, Box<dyn Served>, Arc<Backends>);
+pub(crate) type Made = (Machine, Box<dyn Served>, Arc<Backends>);
 
-fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<Made> {
+/// Makes the machine, and a guest that does not run yet.
+///
+/// # Errors
+/// If this host cannot have it.
+pub(crate) fn make(spec: &MachineSpec, progress: &mut dyn FnMut(u64, u64)) -> anyhow::Result<Made> {
     if !(1..=MAX_VCPUS).contains(&spec.vcpus) {
         bail!("the guest takes 1 to {MAX_VCPUS} vCPUs, not {}", spec.vcpus);
     }
@@ -86,18 +97,12 @@ fn make(spec: &MachineSpec, clients: &Clients) -> anyhow::Result<Made> {
     if !spec.memory_bytes.is_multiple_of(PageSize::Huge.bytes()) {
         bail!("the guest needs whole 2 MiB of memory, not {} bytes", spec.memory_bytes);
     }
-    let mut progress = |done, of| {
-        let what = "warming up memory".to_owned();
-        clients.tell(Clients::MAKER, &Answer::Progress { what, done, of });
-    };
     // Before any memory: what is not there, or another's, is no reason to make some.
     let backends = Arc::new(Backends::open(spec)?);
     // The VM first: memory may be its own.
     let vm = new_vm(spec.guest)?;
-    let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, &mut progress)?;
-    let mut guest = boot(spec, &machine.memories()[0].inode, machine.identity(), &backends, vm)?;
-    guest.start()?;
-    guest::serves(&*guest, &machine);
+    let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, progress)?;
+    let guest = boot(spec, &machine.memories()[0].inode, machine.identity(), &backends, vm)?;
     Ok((machine, guest, backends))
 }
 

@@ -79,6 +79,20 @@ pub struct Hold {
     pub log: Option<PathBuf>,
     /// What comes.
     pub brings: Brings,
+    /// What the service manager keeps of the machine, if the holder is a service of it.
+    #[serde(default)]
+    pub stored: Option<fdstore::Told>,
+}
+
+/// Why a machine is held no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Released {
+    /// A VMM runs it.
+    Runs,
+    /// Somebody gave it up.
+    GivenUp,
+    /// The service manager keeps it, and starts the next process of the service, which holds it.
+    Parked,
 }
 
 /// What a holder gets.
@@ -122,7 +136,12 @@ pub fn hold() -> anyhow::Result<()> {
         }
         Brings::Remains { vcpus, origin, died } => {
             let (kept, vcpus) = remains(fds, vcpus, origin)?;
-            hold_remains(told, kept, vcpus, &died, Some(channel));
+            let holder = Holder::new(told, State::Kept(kept, None), vcpus);
+            let why = holder.why_left(&died);
+            let listening = holder.listen();
+            tell(&channel, &Answer::Held(holder.held(&why)));
+            // It may ask for more.
+            holder.wait(why, vec![channel], listening);
         }
     }
     Ok(())
@@ -136,15 +155,14 @@ fn remains(mut fds: Vec<OwnedFd>, vcpus: usize, origin: Origin) -> anyhow::Resul
     Ok((Kept::of(NoteFile::from_fd(note)?, regions, origin)?, vcpus))
 }
 
-/// Holds what a VMM has left until it runs, or is given up. `died` says which process that was; `told` hears that it is held, and may
-/// ask for more.
-pub fn hold_remains(hold: Hold, kept: Kept, vcpus: Vec<OwnedFd>, died: &str, told: Option<Channel>) {
-    let holder = Holder::new(hold, State::Kept(kept, None), vcpus);
+/// Holds what a VMM has left until it runs, or is given up. `died` says which process that was. `ready` is called once somebody who
+/// comes to the machine's socket is heard.
+pub(crate) fn hold_remains(hold: Hold, kept: Kept, died: &str, ready: impl FnOnce()) -> Released {
+    let holder = Holder::new(hold, State::Kept(kept, None), Vec::new());
     let why = holder.why_left(died);
-    if let Some(channel) = &told {
-        tell(channel, &Answer::Held(holder.held(&why)));
-    }
-    holder.wait(why, told.into_iter().collect());
+    let listening = holder.listen();
+    ready();
+    holder.wait(why, Vec::new(), listening)
 }
 
 /// The score by which the kernel chooses whom to end when memory runs out.
@@ -235,32 +253,10 @@ impl Holder {
 
     /// Why a machine is held whose VMM died.
     fn why_left(&self, died: &str) -> String {
-        match self.here().map(Kept::standing) {
-            Some(Ok(standing)) => format!("its VMM ({died}) has died: {}", self.stands(standing)),
-            Some(Err(error)) => format!("its VMM ({died}) has died: {:#}", anyhow::Error::new(error)),
+        match self.here().map(|kept| (kept, kept.standing())) {
+            Some((kept, Ok(standing))) => format!("its VMM ({died}) has died: {}", stands(kept, standing)),
+            Some((_, Err(error))) => format!("its VMM ({died}) has died: {:#}", anyhow::Error::new(error)),
             None => format!("its VMM ({died}) has died"),
-        }
-    }
-
-    /// How the machine stands, and what that means for whoever wants to run it.
-    fn stands(&self, standing: Standing) -> String {
-        let crossed = self.here().filter(|kept| kept.origin() == Origin::MadeAgain);
-        let never_sealed = crossed.is_some_and(|kept| kept.note().sealed.is_none());
-        match standing {
-            Standing::Ready(_) => {
-                "it was sealed, so its state is complete to the last instant, and it can run on".to_owned()
-            }
-            Standing::Taken(word) => format!(
-                "a process has claimed the machine, lives, and does not run it: end that one first (its ownership word is {word:?})"
-            ),
-            Standing::RanOn(_) if never_sealed => {
-                "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
-                    .to_owned()
-            }
-            Standing::RanOn(_) => {
-                "its guest ran, so its vCPUs' state is lost; its memory is whole, and later than any state that was saved"
-                    .to_owned()
-            }
         }
     }
 
@@ -301,7 +297,7 @@ impl Holder {
                 let why = format!("{error:#}");
                 tell(&channel, &Answer::Held(self.held(&why)));
                 drop(channel);
-                self.wait(why, Vec::new());
+                self.wait(why, Vec::new(), None);
             }
         }
     }
@@ -316,7 +312,7 @@ impl Holder {
             }
             // Of a holder before this one.
             Standing::Taken(word) if word.state() == OwnershipState::Running => None,
-            standing => bail!("{}", self.stands(standing)),
+            standing => bail!("{}", stands(self.kept()?, standing)),
         };
         Ok(Answer::Report(report.map(Box::new)))
     }
@@ -327,14 +323,15 @@ impl Holder {
         let (left, how) = match (standing, otherwise) {
             (Standing::Ready(left), _) => (left, Recovered::RunsOn),
             (Standing::RanOn(left), Otherwise::Boot) => (left, Recovered::Booted),
-            (standing, _) => bail!("{}", self.stands(standing)),
+            (standing, _) => bail!("{}", stands(self.kept()?, standing)),
         };
         let alone = match how {
             Recovered::RunsOn => Alone::RunOn,
             Recovered::Booted => Alone::Boot,
         };
+        let why = stands(self.kept()?, standing);
         let (pid, _) = self.run(Way { left, alone })?.unwrap_or_default();
-        Ok(RecoverReport { name: self.told.name.clone(), pid, how, why: self.stands(standing) })
+        Ok(RecoverReport { name: self.told.name.clone(), pid, how, why })
     }
 
     /// How the machine stands once a claimant that another holder has left behind has gone on, or has died.
@@ -375,8 +372,13 @@ impl Holder {
     }
 
     /// Waits for somebody who wants to have it tried again, or given up.
-    fn wait(mut self, mut why: String, mut clients: Vec<Channel>) {
-        let mut listening = None;
+    fn wait(
+        mut self,
+        mut why: String,
+        mut clients: Vec<Channel>,
+        mut listening: Option<Listener>,
+    ) -> Released {
+        let mut released = Released::Runs;
         while let Some(listener) = listening.take().or_else(|| self.listen()) {
             let Some((channel, request)) = clients::next(&listener, &mut clients) else { continue };
             match request {
@@ -395,6 +397,12 @@ impl Holder {
                 Request::Stop => {
                     // Those who keep it as well are among them.
                     [&channel].into_iter().chain(&clients).for_each(|one| tell(one, &Answer::Stopped));
+                    released = Released::GivenUp;
+                    break;
+                }
+                Request::Park if self.told.stored.is_some() => {
+                    tell(&channel, &Answer::Held(self.held(&why)));
+                    released = Released::Parked;
                     break;
                 }
                 Request::Custody => {
@@ -409,6 +417,7 @@ impl Holder {
             clients.push(channel);
         }
         self.end();
+        released
     }
 
     fn try_again(&mut self, channel: &Channel, request: Request) -> anyhow::Result<Answer> {
@@ -432,7 +441,8 @@ impl Holder {
         };
         let (note, pid) = (kept.note().clone(), process::id());
         let (vcpus, origin) = (self.vcpus.len(), kept.origin());
-        let custody = Custody { note, vcpus, pid, origin, on_oom: OnOom::Keep };
+        let stored = self.told.stored.is_some();
+        let custody = Custody { note, vcpus, pid, origin, on_oom: OnOom::Keep, stored };
         let fds: Vec<BorrowedFd<'_>> = kept.regions().chain(self.vcpus.iter().map(AsFd::as_fd)).collect();
         if let Err(error) = control::send_with(channel, &Answer::Custody(Box::new(custody)), &fds) {
             debug!(error = &*error, "nobody keeps the machine");
@@ -487,6 +497,26 @@ impl Hold {
         let Some(folder) = self.socket.parent() else { return Ok(()) };
         let made = DirBuilder::new().mode(0o700).recursive(true).create(folder);
         made.with_context(|| format!("cannot make the directory {}", folder.display()))
+    }
+}
+
+/// How the machine stands, and what that means for whoever wants to run it.
+pub(crate) fn stands(kept: &Kept, standing: Standing) -> String {
+    let never_sealed = kept.origin() == Origin::MadeAgain && kept.note().sealed.is_none();
+    match standing {
+        Standing::Ready(_) => {
+            "it was sealed, so its state is complete to the last instant, and it can run on".to_owned()
+        }
+        Standing::Taken(word) => format!(
+            "a process has claimed the machine, lives, and does not run it: end that one first (its ownership word is {word:?})"
+        ),
+        Standing::RanOn(_) if never_sealed => {
+            "the machine's guest was not stopped when the kernel went, so its vCPUs' state is lost; its memory is whole"
+                .to_owned()
+        }
+        Standing::RanOn(_) => {
+            "its guest ran, so its vCPUs' state is lost; its memory is whole, and later than any state that was saved".to_owned()
+        }
     }
 }
 

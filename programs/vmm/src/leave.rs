@@ -7,10 +7,12 @@ use custody::LostError;
 use custody::Offer;
 use fdpass::Channel;
 use fdpass::Deadline;
+use fdstore::Deposit;
 use kexec::Leaving;
 use liveupdate::Outgoing;
 use liveupdate::moment::TscRate;
 use machine::update::Step;
+use machine::update::Timeline;
 use socket::Program;
 use tracing::debug;
 use tracing::warn;
@@ -49,6 +51,8 @@ impl Vmm {
             crossing: None,
             crossed: self.crossed.clone(),
             alone: None,
+            stored: self.deposit.as_ref().map(Deposit::told),
+            restart: None,
         }
     }
 
@@ -56,7 +60,11 @@ impl Vmm {
     /// before, if this kernel is still there.
     pub(crate) fn preserve(&mut self, client: ClientId, session: Option<OwnedFd>) -> anyhow::Result<After> {
         let ready = session.map(Outgoing::from_fd).transpose().context("what came with the request");
-        let ready = ready.and_then(|session| Ok((session, self.kexec_offer()?)));
+        let ready = ready.and_then(|session| {
+            let crossing = Some(Crossing::begin(&*self.guest.guest));
+            let history = History { lived_ns: self.history.age_ns(), ..self.history };
+            Ok((session, self.leave_offer(|told| Told { crossing, history, crossed: None, ..told })?))
+        });
         let (session, offer) = match ready {
             Ok(ready) => ready,
             Err(error) => {
@@ -73,15 +81,14 @@ impl Vmm {
         Ok(After::Go)
     }
 
-    fn kexec_offer(&self) -> anyhow::Result<Offer> {
+    /// What is said of the machine to who is to run it when this process has ended.
+    pub(crate) fn leave_offer(&self, how: impl FnOnce(Told) -> Told) -> anyhow::Result<Offer> {
         self.guest.guest.before_freeze()?;
-        let history = History { lived_ns: self.history.age_ns(), ..self.history };
-        let crossing = Some(Crossing::begin(&*self.guest.guest));
-        let told = Told { history, crossing, crossed: None, ..self.told_alone() };
+        let told = self.told_alone();
         Ok(Offer {
             formats: self.guest.guest.formats(),
             program: Program::this_path().context("cannot find this program")?,
-            vmm: serde_json::to_value(told)?,
+            vmm: serde_json::to_value(how(told))?,
         })
     }
 }
@@ -90,11 +97,7 @@ impl Vmm {
 ///
 /// # Errors
 /// If the guest runs nowhere.
-fn leave(
-    mut leaving: Leaving<'_, AnyGuest>,
-    offer: Offer,
-    channel: &Channel,
-) -> Result<(), LostError> {
+fn leave(mut leaving: Leaving<'_, AnyGuest>, offer: Offer, channel: &Channel) -> Result<(), LostError> {
     let prepared = leaving.preserve(offer).map_err(anyhow::Error::new).and_then(|preserved| {
         let rate = TscRate::measure().context("cannot tell how fast the host's TSC runs")?;
         Ok((preserved, rate))
@@ -114,7 +117,7 @@ fn leave(
     while let Some(request) = next_request(channel) {
         match request {
             Request::Seal => match leaving.seal(&rate) {
-                Ok(epoch) => tell(channel, &Answer::Sealed(sealed_report(epoch, &leaving))),
+                Ok(epoch) => tell(channel, &Answer::Sealed(sealed_report(epoch, leaving.timeline()))),
                 Err(error) => {
                     failed = Some(format!("{:#}", anyhow::Error::new(error)));
                     break;
@@ -158,8 +161,8 @@ fn report(preserved: kexec::Preserved) -> PreservedReport {
     }
 }
 
-fn sealed_report(epoch: u32, leaving: &Leaving<'_, AnyGuest>) -> SealedReport {
-    let phases = leaving.timeline().phases();
+pub(crate) fn sealed_report(epoch: u32, timeline: &Timeline) -> SealedReport {
+    let phases = timeline.phases();
     let phases_us = phases.map(|(step, took)| (step.name().to_owned(), measure::micros_of(took))).collect();
     SealedReport { epoch, phases_us }
 }

@@ -78,7 +78,12 @@ impl Vmm {
         }
     }
 
-    /// Something that they have to know has changed.
+    /// Something has changed that they have to know, and the service manager, too, if that keeps the machine.
+    pub(crate) fn tell_of_change(&mut self) {
+        self.tell_keepers();
+        self.renew_note();
+    }
+
     pub(crate) fn tell_keepers(&self) {
         if self.clients.keepers().next().is_none() {
             return;
@@ -102,12 +107,13 @@ impl Vmm {
         // With the note's, which who keeps it adds.
         ensure!(fds.len() < MAX_MESSAGE_FDS, "the machine has more regions and vCPUs than can be kept");
         let (pid, on_oom) = (process::id(), self.spec.on_oom);
-        let custody = Custody { note: self.note()?, vcpus: count, pid, origin: Origin::LeftBehind, on_oom };
+        let (origin, stored) = (Origin::LeftBehind, self.deposit.is_some());
+        let custody = Custody { note: self.note()?, vcpus: count, pid, origin, on_oom, stored };
         Ok((Answer::Custody(Box::new(custody)), fds))
     }
 
     /// What this VMM leaves for the machine's next life, if nothing but memory gets there.
-    fn note(&self) -> anyhow::Result<Note> {
+    pub(crate) fn note(&self) -> anyhow::Result<Note> {
         let own = self.guest.guest.formats();
         Ok(Note {
             machine: self.machine.name().to_string(),

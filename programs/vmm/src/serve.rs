@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use fdpass::Channel;
 use fdpass::monotonic_ns;
+use fdstore::Deposit;
 use machine::Machine;
 use machine::OwnershipWord;
 use machine::update::Guest as _;
@@ -40,10 +41,12 @@ use crate::crossing::Crossing;
 use crate::first;
 use crate::guest;
 use crate::guest::AnyGuest;
+use crate::guest::GuestError;
 use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::measure;
 use crate::remains::AtRest;
+use crate::service::Restart;
 
 /// What a VMM tells its successor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -77,6 +80,12 @@ pub(crate) struct Told {
     /// The process that ran the machine is dead: nothing but its memory is left.
     #[serde(default)]
     pub(crate) alone: Option<Alone>,
+    /// The machine's regions and note are in the store of the service that its VMMs belong to.
+    #[serde(default)]
+    pub(crate) stored: Option<fdstore::Told>,
+    /// The service was restarted: nothing but the machine's memory came with it.
+    #[serde(default)]
+    pub(crate) restart: Option<Restart>,
 }
 
 /// What is to be done with a machine of which nothing but memory is left.
@@ -92,7 +101,7 @@ pub(crate) enum Alone {
 impl Told {
     /// Nobody who was connected is there still, and no file is open.
     pub(crate) fn is_left(&self) -> bool {
-        self.crossing.is_some() || self.alone.is_some()
+        self.crossing.is_some() || self.alone.is_some() || self.restart.is_some()
     }
 }
 
@@ -148,6 +157,8 @@ pub(crate) struct Vmm {
     pub(crate) updated: Option<UpdateReport>,
     /// The guest stands still, and the machine is sealed: should this process die, it can run on.
     pub(crate) at_rest: AtRest,
+    /// What the service manager keeps of the machine, if its VMMs are a service.
+    pub(crate) deposit: Option<Deposit>,
 }
 
 /// What is left to do after a request.
@@ -201,7 +212,18 @@ impl Vmm {
             crossed: None,
             updated: None,
             at_rest: AtRest::default(),
+            deposit: None,
         }
+    }
+
+    /// Lets a new machine's guest run.
+    ///
+    /// # Errors
+    /// [`GuestError`]
+    pub(crate) fn begin(&mut self) -> Result<(), GuestError> {
+        self.guest.guest.start()?;
+        guest::serves(&*self.guest.guest, &self.machine);
+        Ok(())
     }
 
     /// Gives up what is not needed while the guest runs, if the machine is to be confined.
@@ -248,6 +270,7 @@ impl Vmm {
             Request::Check => self.check(client),
             Request::Pause => self.pause(),
             Request::Preserve => return self.preserve(client, fd),
+            Request::Park => return self.park(client),
             Request::Seal => Answer::Error("the machine is not preserved".to_owned()),
             // It does already, since something went wrong.
             Request::GoOn => Answer::WentOn { pause_us: None },
@@ -274,6 +297,7 @@ impl Vmm {
                 return Ok(After::Go);
             }
             Request::Stop => {
+                self.give_up_deposit();
                 self.tell_of_end(&Answer::Stopped);
                 self.clients.tell(client, &Answer::Stopped);
                 return Ok(After::End);
@@ -321,7 +345,7 @@ impl Vmm {
             Ok(()) => {
                 self.guest.held = true;
                 // First: should this process die as soon as the machine is sealed, it is known that it stands still.
-                self.tell_keepers();
+                self.tell_of_change();
                 self.rest();
                 Answer::Paused
             }
@@ -340,7 +364,7 @@ impl Vmm {
             return Answer::Resumed;
         }
         let resumed = self.guest.resume();
-        self.tell_keepers();
+        self.tell_of_change();
         match resumed {
             Ok(()) => Answer::Resumed,
             Err(error) => Answer::Error(format!("cannot resume the guest: {error}")),
@@ -362,6 +386,7 @@ impl Vmm {
         match then {
             Then::Keep => Ok(After::Go),
             Then::Stop => {
+                self.give_up_deposit();
                 self.tell_of_end(&Answer::Ended(end));
                 Ok(After::End)
             }
@@ -434,8 +459,9 @@ impl Vmm {
             epoch: self.machine.ownership().ok().map(OwnershipWord::epoch),
             frozen: memory.inode.is_frozen(),
             last_pause_us: self.last_pause_us(),
-            kept: self.clients.keepers().next().is_some(),
+            kept: self.deposit.is_some() || self.clients.keepers().next().is_some(),
             recoveries: self.history.recoveries,
+            stored: self.deposit.is_some(),
         }
     }
 }

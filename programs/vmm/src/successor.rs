@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use anyhow::bail;
 use custody::When;
 use exec::Handoff;
+use fdpass::Channel;
 use fdpass::monotonic_ns;
 use gmem::Inode;
 use liveupdate::moment::Moment;
@@ -50,6 +51,7 @@ use crate::serve::Answered;
 use crate::serve::History;
 use crate::serve::Told;
 use crate::serve::Vmm;
+use crate::service;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
 use crate::update::go_on;
@@ -101,6 +103,21 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
     }
 }
 
+/// Takes a machine over from whoever is at the other end of `channel`, and lets its guest run.
+///
+/// # Errors
+/// As [`succeed`].
+pub(crate) fn take_over(
+    channel: Channel,
+    timeouts: Timeouts,
+    observer: &mut dyn Observer,
+) -> anyhow::Result<Vmm> {
+    let formats: Vec<&str> = formats().collect();
+    let taken = take(Successor::greet(channel, &formats, timeouts)?, observer)?;
+    let (running, prepared) = taken.context("the machine was only to be rehearsed")?;
+    begin(running, prepared, true, observer)
+}
+
 /// Takes the machine over; `None` if that was only to be rehearsed. Until it returns, nothing has happened that the
 /// predecessor could not undo.
 fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Option<(Running, Loaded)>> {
@@ -137,7 +154,7 @@ fn take(successor: Successor, observer: &mut dyn Observer) -> anyhow::Result<Opt
 }
 
 /// Serves, as confined as the machine is to be. That this cannot be is no reason to lose the guest.
-fn serve(mut vmm: Vmm) -> anyhow::Result<()> {
+pub(crate) fn serve(mut vmm: Vmm) -> anyhow::Result<()> {
     if let Err(error) = vmm.confine() {
         warn!(error = &error as &dyn std::error::Error, "the VMM is not confined");
     }
@@ -295,8 +312,9 @@ impl Loaded {
         let recovered = u64::from(told.alone.is_some());
         let updates = updates + u64::from(updated && told.alone.is_none());
         let history = History { updates, recoveries: recoveries + recovered, ..told.history };
-        let Told { spec, programs, crossed, .. } = told;
+        let Told { spec, programs, crossed, stored, .. } = told;
         let confined = Confine::No;
+        let deposit = stored.and_then(|told| service::deposit(&spec.name, told));
         Vmm {
             spec,
             machine,
@@ -310,6 +328,7 @@ impl Loaded {
             crossed,
             updated: None,
             at_rest: AtRest::default(),
+            deposit,
         }
     }
 }
@@ -322,6 +341,9 @@ fn begin(
     observer: &mut dyn Observer,
 ) -> anyhow::Result<Vmm> {
     let (words, before) = loaded.start(running.machine())?;
+    if loaded.told.stored.is_some() {
+        service::tell_main_process();
+    }
     let mut seen = measure::Told::default();
     let timeline = running.timeline().clone();
     let tell = || {
@@ -346,5 +368,10 @@ fn begin(
             (None, None) => {}
         }
     }
-    Ok(Vmm { updated, ..loaded.serve(machine, words, is_updated) })
+    if let Some(restart) = loaded.told.restart.take() {
+        updated = Some(restart.report(&timeline, &seen));
+    }
+    let mut vmm = Vmm { updated, ..loaded.serve(machine, words, is_updated) };
+    vmm.renew_note();
+    Ok(vmm)
 }

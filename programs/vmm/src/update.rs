@@ -14,6 +14,7 @@ use exec::Replaced;
 use fdpass::Channel;
 use fdpass::Deadline;
 use fdpass::Listener;
+use fdstore::Deposit;
 use machine::FdName;
 use machine::update::Guest as _;
 use machine::update::Step;
@@ -93,6 +94,9 @@ impl Vmm {
                           the carrier is socket";
             return Ok(self.refuse(client, reason.to_owned()));
         }
+        if let Some(reason) = self.is_outsider(client, &request.successor) {
+            return Ok(self.refuse(client, reason));
+        }
         let patience = timeouts(request).hand_over.min(STOP_TIMEOUT);
         self.guest.guest.set_patience(patience);
         let updated = match request.carrier {
@@ -127,6 +131,8 @@ impl Vmm {
             crossing: None,
             crossed: self.crossed.clone(),
             alone: None,
+            stored: self.deposit.as_ref().map(Deposit::told),
+            restart: None,
         };
         Ok(serde_json::to_value(told)?)
     }

@@ -158,11 +158,11 @@ pub enum PushError {
     Manager(#[from] ManagerError),
     /// It closed the last one, for which it has no room.
     #[error(
-        "the service manager's store does not take {count} descriptors more: FileDescriptorStoreMax= of the unit is to be \
-         larger by {count} at least than what is in the store, with one for a moment besides, and NotifyAccess= is to be `all`"
+        "the service manager's store has no room for {count} descriptors beside what is in it: the unit needs a larger \
+         FileDescriptorStoreMax=, and NotifyAccess=all"
     )]
     Refused {
-        /// How many were pushed.
+        /// How many, with those that are to fit besides.
         count: usize,
     },
 }
@@ -232,28 +232,41 @@ impl Manager {
         }
     }
 
-    /// Has it keep copies of these, each under its name, in this order, and finds out whether it does.
+    /// Has it keep copies of these, each under its name, in this order, and finds out whether it does, and would have room for
+    /// `spare` more.
     ///
     /// # Errors
     ///
     /// [`PushError`]: some of them may be in the store.
-    pub fn push(&self, fds: &[(StoreName, BorrowedFd<'_>)], deadline: Deadline) -> Result<(), PushError> {
+    pub fn push(
+        &self,
+        fds: &[(StoreName, BorrowedFd<'_>)],
+        spare: usize,
+        deadline: Deadline,
+    ) -> Result<(), PushError> {
         for (name, fd) in fds {
             self.push_one(name, *fd, false, deadline)?;
         }
+        let probes: Vec<OwnedFd> =
+            (0..spare.max(1)).map(|_| self.push_probe(deadline)).collect::<Result<_, _>>()?;
+        self.await_done(deadline)?;
+        let ends: Vec<BorrowedFd<'_>> = probes.iter().map(AsFd::as_fd).collect();
+        let now = Deadline::after(Duration::ZERO);
+        let closed = ready(&ends, now).map_err(|error| ManagerError::Wait { cause: errno(&error) })?;
+        self.remove(&PROBE, deadline)?;
+        match closed.is_empty() {
+            true => Ok(()),
+            false => Err(PushError::Refused { count: fds.len() + spare }),
+        }
+    }
+
+    /// Gives the end that is not pushed.
+    fn push_probe(&self, deadline: Deadline) -> Result<OwnedFd, ManagerError> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
             .map_err(|cause| ManagerError::Make { cause })?;
         // It is to be watched: should this process die, it goes by itself.
         self.push_one(&PROBE, theirs.as_fd(), true, deadline)?;
-        drop(theirs);
-        self.await_done(deadline)?;
-        let now = Deadline::after(Duration::ZERO);
-        let closed =
-            ready(&[ours.as_fd()], now).map_err(|error| ManagerError::Wait { cause: errno(&error) })?;
-        if !closed.is_empty() {
-            return Err(PushError::Refused { count: fds.len() });
-        }
-        Ok(self.remove(&PROBE, deadline)?)
+        Ok(ours)
     }
 
     fn push_one(

@@ -39,7 +39,7 @@ fn what_was_pushed_is_kept_and_the_probe_is_not() {
     let manager = at(&played);
     let fds = [file("one"), file("two")];
     let named: Vec<_> = fds.iter().zip(["a", "b"]).map(|(fd, text)| (name(text), fd.as_fd())).collect();
-    manager.push(&named, soon()).unwrap();
+    manager.push(&named, 0, soon()).unwrap();
     manager.await_done(soon()).unwrap();
     assert_eq!(played.stored(), ["a", "b"]);
     manager.remove(&name("a"), soon()).unwrap();
@@ -53,8 +53,13 @@ fn a_push_that_does_not_fit_is_found_out() {
         let played = manager::Manager::start(room);
         let fds = [file("one"), file("two")];
         let named: Vec<_> = fds.iter().zip(["a", "b"]).map(|(fd, text)| (name(text), fd.as_fd())).collect();
-        assert_eq!(at(&played).push(&named, soon()), Err(PushError::Refused { count: 2 }), "{room}");
+        assert_eq!(at(&played).push(&named, 0, soon()), Err(PushError::Refused { count: 2 }), "{room}");
     }
+    // What is to fit besides counts, too, and stays free.
+    let played = manager::Manager::start(3);
+    let fd = file("one");
+    assert_eq!(at(&played).push(&[(name("a"), fd.as_fd())], 3, soon()), Err(PushError::Refused { count: 4 }));
+    assert_eq!(at(&played).push(&[(name("b"), fd.as_fd())], 1, soon()), Ok(()));
 }
 
 #[test]
@@ -88,7 +93,7 @@ fn a_service_is_given_what_it_pushed_and_takes_it_once() {
     let played = manager::Manager::start(9);
     let fds = [file("one"), file("two")];
     let named: Vec<_> = fds.iter().zip(["a/b", "c"]).map(|(fd, text)| (name(text), fd.as_fd())).collect();
-    at(&played).push(&named, soon()).unwrap();
+    at(&played).push(&named, 0, soon()).unwrap();
     let mut service = played.command(&std::env::current_exe().unwrap());
     service.args(["a_service_is_given_what_it_pushed_and_takes_it_once", "--exact", "--nocapture"]);
     assert!(service.env(SERVICE, "1").status().unwrap().success());

@@ -206,6 +206,7 @@ impl Tree {
             epoch: Some(1),
             frozen: false,
             last_pause_us: None,
+            stored: false,
             through_kexec: true,
             kept: false,
             recoveries: 0,

@@ -15,6 +15,7 @@ mod kernel;
 mod reported;
 #[path = "../schema/mod.rs"]
 mod schema;
+mod service;
 
 use std::process::Command;
 use std::process::Stdio;

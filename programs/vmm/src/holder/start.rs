@@ -106,7 +106,9 @@ pub(super) fn start_after_kexec(note: &Note, hold: &Hold, alone: Option<Alone>) 
 /// Starts a VMM for a machine that its last VMM has left behind.
 pub(super) fn start_after_death(kept: &Kept, hold: &Hold, alone: Alone) -> anyhow::Result<Vmm> {
     let note = kept.note();
-    let told = Told { alone: Some(alone), populate: alone == Alone::RunOn, ..told_of(note)? };
+    let told = told_of(note)?;
+    let stored = hold.stored.or(told.stored);
+    let told = Told { alone: Some(alone), restart: None, stored, populate: alone == Alone::RunOn, ..told };
     start(note, hold, told, kept.prospect(serde_json::Value::Null, timeouts(note)))
 }
 

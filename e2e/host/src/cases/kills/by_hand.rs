@@ -101,6 +101,7 @@ fn hold(name: &str) -> Hold {
         program: None,
         log: None,
         brings: Brings::Session,
+        stored: None,
     }
 }
 

@@ -1,0 +1,204 @@
+//! A machine as a unit of systemd's: what its ExecStart= and its ExecStop= run.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ::vmm::control::Answer;
+use ::vmm::control::Request;
+use anyhow::Context as _;
+use anyhow::bail;
+use fdpass::Deadline;
+use fdpass::Pidfd;
+use fdpass::systemd::Manager;
+use fdpass::systemd::Tell;
+use socket::Program;
+
+use crate::cli;
+use crate::cli::ServiceVerb;
+use crate::machines;
+use crate::machines::NoMachine;
+use crate::verbs;
+
+/// How long a VMM may take to leave its machine in the store: it may have much memory to look at.
+const PARK: Duration = Duration::from_secs(300);
+/// How long it may take to end the machine.
+const STOP: Duration = Duration::from_secs(60);
+/// How long the manager may take to hear.
+const HEAR: Duration = Duration::from_secs(5);
+
+pub(crate) fn service(arguments: &cli::Service) -> anyhow::Result<ExitCode> {
+    match &arguments.verb {
+        ServiceVerb::Run(arguments) => run(arguments),
+        ServiceVerb::Stop(arguments) => stop(arguments),
+    }
+}
+
+fn run(arguments: &cli::ServiceRun) -> anyhow::Result<ExitCode> {
+    rustix::thread::set_name(c"tideover-vmm").context("cannot take a name")?;
+    let spec = verbs::spec(&arguments.new)?;
+    let allowed = arguments.new.allow_program.iter().cloned();
+    let programs = [Program::this_path()?].into_iter().chain(allowed).collect();
+    ::vmm::serve_unit(&spec, programs)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the manager is about to do with the unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Job {
+    /// Its next process is started when this one has ended.
+    Restart,
+    /// It ends.
+    Stop,
+    /// Nothing: its main process has ended by itself.
+    None,
+}
+
+fn stop(arguments: &cli::ServiceStop) -> anyhow::Result<ExitCode> {
+    let name = &arguments.name;
+    let job = job()?;
+    if job == Job::None {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let client = match machines::connect(name) {
+        Ok(client) => client,
+        // It was faster.
+        Err(error) if error.is::<NoMachine>() => return Ok(ExitCode::SUCCESS),
+        Err(error) => return Err(error),
+    };
+    if job == Job::Restart {
+        extend(PARK + HEAR);
+        return match verbs::ask(&client.with_patience(PARK), &Request::Park) {
+            Ok(Answer::Sealed(_)) => Ok(ExitCode::SUCCESS),
+            // Its next process holds it, as this one does.
+            Ok(Answer::Held(_)) => Ok(ExitCode::SUCCESS),
+            Ok(other) => bail!("unexpected answer to park: {other:?}"),
+            Err(error) => {
+                Err(error.context(format!("{name} cannot be left in the store, and its guest runs on")))
+            }
+        };
+    }
+    match verbs::ask(&client.with_patience(STOP), &Request::Stop) {
+        Ok(Answer::Stopped) => Ok(ExitCode::SUCCESS),
+        Ok(other) => bail!("unexpected answer to stop: {other:?}"),
+        Err(error) => {
+            kill().with_context(|| format!("{name} does not end ({error:#}), and cannot be killed"))?;
+            bail!("{name} was killed, as it did not end: {error:#}")
+        }
+    }
+}
+
+/// The manager kills no VMM that is to be stopped, since one that could not be left in the store is to run on.
+fn kill() -> anyhow::Result<()> {
+    let main = std::env::var("MAINPID").ok().and_then(|pid| pid.parse::<i32>().ok());
+    let main = main.and_then(rustix::process::Pid::from_raw).context("its process is not known")?;
+    rustix::process::kill_process(main, rustix::process::Signal::KILL).context("kill")?;
+    let process = u32::try_from(main.as_raw_nonzero().get()).unwrap_or_default();
+    if let Ok(process) = Pidfd::of_number(process) {
+        process.wait_exit(Deadline::after(STOP)).context("it does not end")?;
+    }
+    Ok(())
+}
+
+/// Asks the manager for more time than a stop usually has. Without it this is cut short, and the guest may be killed.
+fn extend(span: Duration) {
+    let told = Manager::from_environment()
+        .map(|manager| manager.map(|manager| manager.tell(&[Tell::Extend(span)], Deadline::after(HEAR))));
+    if !matches!(told, Ok(Some(Ok(())))) {
+        complain!("tideover: the service manager was not asked for more time: {told:?}");
+    }
+}
+
+/// The manager's job for the unit that this process is in.
+fn job() -> anyhow::Result<Job> {
+    let list = fs::read_to_string("/proc/self/cgroup").context("cannot tell which unit this is")?;
+    let Unit { name, of_user } =
+        unit(&list).context("this process is in no unit: ExecStop= is to run this")?;
+    let mut command = Command::new("systemctl");
+    command.args(of_user.then_some("--user")).args([
+        "list-jobs",
+        "--no-legend",
+        "--no-pager",
+        "--full",
+        "--plain",
+    ]);
+    let output = command.output().context("cannot run systemctl")?;
+    if !output.status.success() {
+        bail!(
+            "systemctl list-jobs does not tell whether this is a restart: {}",
+            String::from_utf8_lossy(&output.stderr).trim().escape_debug()
+        );
+    }
+    job_of(&name, &String::from_utf8_lossy(&output.stdout))
+}
+
+/// A unit, and whose it is.
+#[derive(Debug, PartialEq, Eq)]
+struct Unit {
+    name: String,
+    /// Of a user's manager, not of the system's.
+    of_user: bool,
+}
+
+/// The unit whose cgroup a process is in that /proc tells this of.
+fn unit(cgroups: &str) -> Option<Unit> {
+    let own = |prefix: &str| {
+        let path = cgroups.lines().find_map(|line| line.split_once(prefix).map(|(_, path)| path))?;
+        let parts: Vec<&str> = Path::new(path).iter().filter_map(|part| part.to_str()).collect();
+        let name = parts.iter().rev().find(|part| part.ends_with(".service"))?;
+        // A user's manager is a service itself.
+        let is_manager = |part: &str| part.starts_with("user@");
+        let of_user = parts.iter().any(|part| is_manager(part)) && !is_manager(name);
+        Some(Unit { name: (*name).to_owned(), of_user })
+    };
+    own("0::").or_else(|| own(":name=systemd:"))
+}
+
+/// What `systemctl list-jobs` says of a unit: lines of a number, the unit, the job and its state.
+fn job_of(unit: &str, list: &str) -> anyhow::Result<Job> {
+    let jobs = list.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, of, job, ..] = fields[..] else { return None };
+        (of == unit).then_some(job)
+    });
+    match jobs.collect::<Vec<_>>()[..] {
+        [] => Ok(Job::None),
+        ["stop"] => Ok(Job::Stop),
+        ["restart" | "try-restart" | "start"] => Ok(Job::Restart),
+        [other, ..] => bail!("the unit's job is `{}`: neither a stop nor a restart", other.escape_debug()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(name: &str, of_user: bool) -> Option<Unit> {
+        Some(Unit { name: name.to_owned(), of_user })
+    }
+
+    #[test]
+    fn the_unit_is_the_innermost_service_of_the_cgroup() {
+        let system = "0::/system.slice/system-tideover.slice/tideover@web1.service\n";
+        assert_eq!(unit(system), named("tideover@web1.service", false));
+        assert_eq!(unit("0::/system.slice/a.service/.control\n"), named("a.service", false));
+        let user = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/vm.service";
+        assert_eq!(unit(user), named("vm.service", true));
+        let hybrid = "5:cpu:/\n1:name=systemd:/system.slice/a.service\n0::/user.slice\n";
+        assert_eq!(unit(hybrid), named("a.service", false));
+        assert_eq!(unit("0::/user.slice/session-1.scope\n"), None);
+        assert_eq!(unit(""), None);
+    }
+
+    #[test]
+    fn a_restart_is_told_from_a_stop_by_the_job() {
+        let list = " 7 b.service  stop    waiting\n12 a.service  restart running\n";
+        assert_eq!(job_of("a.service", list).unwrap(), Job::Restart);
+        assert_eq!(job_of("b.service", list).unwrap(), Job::Stop);
+        assert_eq!(job_of("c.service", list).unwrap(), Job::None);
+        assert_eq!(job_of("a.service", "No jobs running.\n").unwrap(), Job::None);
+        assert!(job_of("a.service", "1 a.service verify-active running").is_err());
+    }
+}
