@@ -34,6 +34,8 @@ use crate::kvm_guest::KvmGuest;
 use crate::kvm_guest::NewVm;
 use crate::kvm_guest::Setup;
 use crate::serve::Vmm;
+use crate::serve::Watch;
+use crate::serve::unwatched;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
 
@@ -45,6 +47,19 @@ use crate::thread_guest::ThreadGuest;
 /// # Errors
 /// If the machine cannot be made, or its guest is lost.
 pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>, waits: bool) -> anyhow::Result<()> {
+    run_watched(spec, programs, waits, unwatched())
+}
+
+/// As [`run`]; `watch` is told of the steps of every update from here.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_watched(
+    spec: &MachineSpec,
+    programs: Vec<PathBuf>,
+    waits: bool,
+    watch: Watch,
+) -> anyhow::Result<()> {
     let control =
         Channel::from_stdin().context("a VMM is started with its control channel as standard input")?;
     // The socket first: a name that is taken is no reason to make memory.
@@ -62,7 +77,8 @@ pub fn run(spec: &MachineSpec, programs: Vec<PathBuf>, waits: bool) -> anyhow::R
     };
     match make(spec, &mut progress) {
         Ok((machine, guest, backends)) => {
-            let mut vmm = Vmm::new(spec.clone(), machine, guest, clients, backends, programs);
+            let vmm = Vmm::new(spec.clone(), machine, guest, clients, backends, programs);
+            let mut vmm = Vmm { watch, ..vmm };
             if let Err(error) = vmm.begin() {
                 vmm.clients.tell(Clients::MAKER, &Answer::Error(format!("{error:#}")));
                 return Ok(());

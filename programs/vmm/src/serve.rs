@@ -13,6 +13,7 @@ use fdstore::Deposit;
 use machine::Machine;
 use machine::OwnershipWord;
 use machine::update::Guest as _;
+use machine::update::Step;
 use pulse::Mailboxes;
 use serde::Deserialize;
 use serde::Serialize;
@@ -159,6 +160,39 @@ pub(crate) struct Vmm {
     pub(crate) at_rest: AtRest,
     /// What the service manager keeps of the machine, if its VMMs are a service.
     pub(crate) deposit: Option<Deposit>,
+    /// Is told of the steps of updates from here.
+    pub(crate) watch: Watch,
+}
+
+/// Is told of each step of an update that this process reaches, and on which side. Within the pause: be quick.
+pub type Watch = Box<dyn FnMut(Side, Step)>;
+
+/// On which side of an update a process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// It hands the machine over.
+    Predecessor,
+    /// It has a program show that it can take the machine over, before it executes that.
+    Rehearsal,
+    /// It takes the machine over.
+    Successor,
+}
+
+impl Side {
+    /// Its name, in lower case.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Predecessor => "predecessor",
+            Self::Rehearsal => "rehearsal",
+            Self::Successor => "successor",
+        }
+    }
+}
+
+/// One that tells the log alone.
+pub(crate) fn unwatched() -> Watch {
+    Box::new(|side, step| debug!(%step, "{}", side.name()))
 }
 
 /// What is left to do after a request.
@@ -213,6 +247,7 @@ impl Vmm {
             updated: None,
             at_rest: AtRest::default(),
             deposit: None,
+            watch: unwatched(),
         }
     }
 

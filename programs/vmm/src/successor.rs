@@ -19,6 +19,7 @@ use machine::Incoming;
 use machine::Machine;
 use machine::StateName;
 use machine::update::Observer;
+use machine::update::Step;
 use machine::update::Timeline;
 use serde::Deserialize as _;
 use socket::Running;
@@ -49,8 +50,11 @@ use crate::remains::AtRest;
 use crate::serve::Alone;
 use crate::serve::Answered;
 use crate::serve::History;
+use crate::serve::Side;
 use crate::serve::Told;
 use crate::serve::Vmm;
+use crate::serve::Watch;
+use crate::serve::unwatched;
 use crate::service;
 use crate::thread_guest;
 use crate::thread_guest::ThreadGuest;
@@ -80,6 +84,20 @@ pub fn formats() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// If the machine was not taken over, which leaves the guest in the predecessor; or if it was, and the guest is lost.
 pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -> anyhow::Result<()> {
+    taken_over(start, timeouts, observer)?.map_or(Ok(()), serve)
+}
+
+/// As [`succeed`]; `watch` is told of the steps of this update, and of those of every later one from here.
+///
+/// # Errors
+/// As [`succeed`].
+pub fn succeed_watched(start: &Start, timeouts: Timeouts, mut watch: Watch) -> anyhow::Result<()> {
+    let taken = taken_over(start, timeouts, &mut |step: Step| watch(Side::Successor, step))?;
+    taken.map_or(Ok(()), |vmm| serve(Vmm { watch, ..vmm }))
+}
+
+/// A VMM that has taken the machine over; `None` if that was only to be rehearsed.
+fn taken_over(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -> anyhow::Result<Option<Vmm>> {
     let formats: Vec<&str> = formats().collect();
     let (successor, way_back) = match start {
         Start::Started => (Successor::from_stdin(&formats, timeouts), None),
@@ -98,8 +116,8 @@ pub fn succeed(start: &Start, timeouts: Timeouts, observer: &mut dyn Observer) -
         (taken, _) => taken?,
     };
     match taken {
-        Some((running, loaded)) => serve(begin(running, loaded, !executed_again, observer)?),
-        None => Ok(()),
+        Some((running, loaded)) => Ok(Some(begin(running, loaded, !executed_again, observer)?)),
+        None => Ok(None),
     }
 }
 
@@ -329,6 +347,7 @@ impl Loaded {
             updated: None,
             at_rest: AtRest::default(),
             deposit,
+            watch: unwatched(),
         }
     }
 }

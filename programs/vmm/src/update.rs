@@ -43,6 +43,7 @@ use crate::guest::STOP_TIMEOUT;
 use crate::measure;
 use crate::serve::After;
 use crate::serve::Answered;
+use crate::serve::Side;
 use crate::serve::Told;
 use crate::serve::Vmm;
 
@@ -177,7 +178,7 @@ impl Vmm {
         let answered = Answered { client, by: process::id() };
         let offer = self.offer(request, &consoles, Some(answered))?;
         let offer = Offer { fds: fds(&self.clients, &self.backends, &consoles)?, ..offer };
-        let mut observer = |step: Step| debug!(%step, "predecessor");
+        let mut observer = |step: Step| (self.watch)(Side::Predecessor, step);
         let outcome = socket::hand_over(&mut self.machine, &mut self.guest, &channel, &offer, &mut observer);
         drop(offer);
         match outcome.context("the guest is lost")? {
@@ -208,7 +209,7 @@ impl Vmm {
         };
         let offer = self.offer(request, &consoles, None)?;
         let offer = Offer { fds: fds(&self.clients, &self.backends, &consoles)?, ..offer };
-        let mut observer = |step: Step| debug!(%step, "program before");
+        let mut observer = |step: Step| (self.watch)(Side::Predecessor, step);
         let replaced =
             exec::replace(&mut self.machine, &mut self.guest, &program, &go_on(), &offer, &mut observer);
         drop(offer);
@@ -270,7 +271,7 @@ impl Vmm {
         let (channel, started) = program.start(SUCCEED)?;
         let offer = self.offer(&UpdateRequest { populate: false, ..request.clone() }, consoles, None)?;
         let offer = Offer { fds: fds(&self.clients, &self.backends, consoles)?, ..offer };
-        let mut observer = |step: Step| debug!(%step, "rehearsal");
+        let mut observer = |step: Step| (self.watch)(Side::Rehearsal, step);
         let rehearsed = socket::rehearse(&mut self.machine, &channel, &offer, &mut observer);
         rehearsed.map_err(|reason| anyhow::anyhow!(why(reason, Some(started))))?;
         Ok(program)
