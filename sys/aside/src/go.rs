@@ -8,8 +8,11 @@ use std::os::fd::OwnedFd;
 use std::os::fd::RawFd;
 use std::process;
 use std::ptr;
+use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::OnceLock;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::thread;
@@ -37,6 +40,7 @@ use crate::task::GO;
 use crate::task::PARKED;
 use crate::task::READY;
 use crate::task::Slot;
+use crate::task::wait;
 
 /// Why no thread has stepped aside.
 #[derive(Debug, Error)]
@@ -133,6 +137,7 @@ pub fn step_aside(
     }
     traits.extend(parked.slots.iter().map(|slot| Traits::of(slot.tid.load(Ordering::Acquire))));
     let own = parked.own_slot();
+    stayer.watch(own);
     let alternate = SignalStack::get();
     own.depart().map_err(AsideError::Clone)?;
     // From here on in the other process.
@@ -245,16 +250,51 @@ impl SignalStack {
 /// The thread that stays.
 struct Stayer {
     thread: i32,
-    go: mpsc::Sender<u32>,
+    told: Arc<Told>,
+}
+
+/// What the thread that stays is told.
+#[derive(Default)]
+struct Told {
+    /// The process that the others are in, once they are all gone; [`NOBODY`] if they stay.
+    gone: AtomicU32,
+    /// That of the thread that leads them there.
+    slot: OnceLock<&'static Slot>,
+}
+
+/// Of [`Told::gone`]: the others have not left. No process has this number.
+const NOBODY: u32 = u32::MAX;
+/// How long it waits before it looks whether the others have died on the way.
+const LOOK: Duration = Duration::from_millis(50);
+
+impl Told {
+    /// Waits until the others are gone; `None` if they stay.
+    fn others_are_gone(&self) -> Option<u32> {
+        loop {
+            match self.gone.load(Ordering::Acquire) {
+                NOBODY => return None,
+                0 if self.slot.get().is_some_and(|slot| slot.copy_has_ended()) => end_after_others(),
+                0 => wait(&self.gone, 0, LOOK),
+                aside => return Some(aside),
+            }
+        }
+    }
+
+    fn say(&self, gone: u32) {
+        if self.gone.compare_exchange(0, gone, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            Slot::say(&self.gone, gone);
+        }
+    }
 }
 
 impl Stayer {
     fn start(luggage: Vec<RawFd>, stays: impl FnOnce(&[RawFd]) + Send + 'static) -> Result<Self, AsideError> {
-        let (go, may_go) = mpsc::channel();
-        let (tell, told) = mpsc::channel();
+        let (tell, heard) = mpsc::channel();
+        let told = Arc::new(Told::default());
+        let hears = Arc::clone(&told);
         let body = move || {
             let _ = tell.send(gettid());
-            let Ok(aside) = may_go.recv() else { return };
+            let Some(aside) = hears.others_are_gone() else { return };
             // SAFETY: this process's own copy, open since before the others went, of which only the flag is changed.
             let fds = luggage.iter().map(|number| unsafe { BorrowedFd::borrow_raw(*number) });
             if fds.into_iter().all(|fd| inherit(fd, true).is_ok()) {
@@ -263,14 +303,36 @@ impl Stayer {
             end_with(aside);
         };
         thread::Builder::new().name("stays".to_owned()).spawn(body).map_err(AsideError::Stayer)?;
-        let thread = told.recv().map_err(|_| AsideError::Stayer(io::Error::other("it has ended")))?;
-        Ok(Self { thread, go })
+        let thread = heard.recv().map_err(|_| AsideError::Stayer(io::Error::other("it has ended")))?;
+        Ok(Self { thread, told })
+    }
+
+    /// Whoever leads the others away is this slot's.
+    fn watch(&self, slot: &'static Slot) {
+        // It is told once.
+        let _ = self.told.slot.set(slot);
     }
 
     /// The others are gone.
-    fn go(self) {
-        let _ = self.go.send(process::id());
+    fn go(&self) {
+        self.told.say(process::id());
     }
+}
+
+impl Drop for Stayer {
+    fn drop(&mut self) {
+        self.told.say(NOBODY);
+    }
+}
+
+/// Ends this process, whose other threads have died in the one that they were leaving for. They are parked here still, but
+/// have done there what cannot be done again; and whoever waits for this process would wait for ever.
+fn end_after_others() -> ! {
+    const WHY: &[u8] = b"the process that this one's threads were leaving for has been killed: this one ends, too\n";
+    // SAFETY: writes bytes of a constant. Nothing here may take a lock, which a thread that is parked could hold.
+    unsafe { libc::write(libc::STDERR_FILENO, WHY.as_ptr().cast(), WHY.len()) };
+    // SAFETY: ends this process at once.
+    unsafe { libc::_exit(1) }
 }
 
 /// Ends this process when the other one has ended.

@@ -183,6 +183,17 @@ impl Slot {
         Err(self.error())
     }
 
+    /// Whether the thread has [departed](Self::depart) and the process that its copy is in has ended.
+    pub(crate) fn copy_has_ended(&self) -> bool {
+        if self.state.load(Ordering::Acquire) != PARKED {
+            return false;
+        }
+        let number = std::ptr::with_exposed_provenance::<u32>(self.tid_address.load(Ordering::Acquire));
+        // SAFETY: where the C library keeps the number of a thread, which lives: it is parked. The kernel writes the copy's
+        // there when it makes it, and clears it when it ends, however it does.
+        unsafe { AtomicU32::from_ptr(number.cast_mut()) }.load(Ordering::Acquire) == 0
+    }
+
     /// The copy that [departed](Self::depart) ends, with its process, and the thread that it came from goes on, with this
     /// error. No other thread of this process may have been let go.
     pub(crate) fn come_back(&self, error: &std::io::Error) {
@@ -247,7 +258,7 @@ fn thread_pointer() -> usize {
 }
 
 /// Waits until a word is another, or for so long, or a little less.
-fn wait(word: &AtomicU32, is: u32, patience: Duration) {
+pub(crate) fn wait(word: &AtomicU32, is: u32, patience: Duration) {
     let span = libc::timespec {
         tv_sec: libc::time_t::try_from(patience.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_nsec: patience.subsec_nanos().into(),

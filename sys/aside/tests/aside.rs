@@ -205,6 +205,16 @@ fn plays_its_role_if_it_has_one() {
             step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap();
             assert_ne!(process::id(), before);
         }
+        "is killed on the way" => {
+            let thread = u64::try_from(libc::CLONE_THREAD).unwrap();
+            let makes_thread =
+                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(thread), thread);
+            let rule = SeccompRule::new(vec![makes_thread.unwrap()]).unwrap();
+            // The other process, when it has made the first thread.
+            deny(libc::SYS_clone, vec![rule], SeccompAction::KillProcess);
+            let aside = step_aside(Vec::new(), execute("/bin/cat"), PATIENCE);
+            panic!("it is not killed: {aside:?}");
+        }
         "keeps what the kernel knows" => keeps_what_the_kernel_knows(),
         other => panic!("{other}"),
     }
@@ -416,6 +426,17 @@ fn threads_that_hold_the_allocators_locks_step_aside() {
 fn the_other_process_goes_on_without_the_one_that_is_killed_while_it_leaves() {
     let player = Player::start("is killed");
     assert_ne!(player.well(), player.child.id());
+}
+
+#[test]
+fn a_process_whose_threads_are_killed_on_their_way_out_ends() {
+    let mut player = Player::start("is killed on the way");
+    let mut ended = None;
+    await_that("it does not end", || {
+        ended = player.child.try_wait().unwrap();
+        ended.is_some()
+    });
+    assert_eq!(ended.and_then(|status| status.code()), Some(1));
 }
 
 #[test]
