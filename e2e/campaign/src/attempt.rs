@@ -54,6 +54,8 @@ const fn brief(millis: u64) -> Patience {
 const END: Duration = Duration::from_secs(180);
 /// From when on it is looked whether anybody is left who could answer.
 const SILENCE: Duration = Duration::from_millis(200);
+/// How long a process may take to end that has nothing else to do.
+const SOON: Duration = Duration::from_secs(20);
 /// How long it is looked whether somebody else runs the guest.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -330,7 +332,14 @@ impl Course {
         let Some(pid) = machine.processes().first().copied() else {
             return self.lost(machine, chosen, before, word);
         };
-        let status = machine.status()?;
+        let status = match machine.status() {
+            Ok(status) => status,
+            // One whose threads were killed as they left it has their locks until it ends, which it does then.
+            Err(error) => match Process::open(pid).is_ok_and(|process| !process.ends_within(SOON)) {
+                true => return Err(error),
+                false => return self.lost(machine, chosen, before, word),
+            },
+        };
         ensure!(status.pid == pid, "{} answers, and {pid} holds the word {word:?}", status.pid);
         ensure!(status.identity == machine.identity, "the machine's identity is {} now", status.identity);
         if let Some(still) = stands_still(machine)? {

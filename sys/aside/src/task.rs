@@ -60,6 +60,8 @@ pub(crate) struct Slot {
     errno: AtomicI32,
     /// The thread's number; 0 if the slot is nobody's.
     pub(crate) tid: AtomicI32,
+    /// Number of the process that the thread's copy is in; 0 if none was made. The kernel writes it before the copy runs.
+    copy: AtomicI32,
 }
 
 impl Slot {
@@ -74,6 +76,7 @@ impl Slot {
             cleared: AtomicU32::new(0),
             errno: AtomicI32::new(0),
             tid: AtomicI32::new(0),
+            copy: AtomicI32::new(0),
         }
     }
 
@@ -86,6 +89,9 @@ impl Slot {
     pub(crate) fn give(&self, tid: i32) {
         self.command.store(WAIT, Ordering::Relaxed);
         self.gate.store(WAIT, Ordering::Relaxed);
+        self.copy.store(0, Ordering::Relaxed);
+        // Unless somebody says why, who was to make the copy was killed before.
+        self.errno.store(-libc::EINTR, Ordering::Relaxed);
         self.tid.store(tid, Ordering::Relaxed);
         self.state.store(INVITED, Ordering::Release);
     }
@@ -279,7 +285,8 @@ const FUTEX_WAIT: i32 = 0;
 const FUTEX_WAKE: i32 = 1;
 const WALL: i32 = 0x4000_0000;
 const DEPART: i32 = libc::CLONE_VM | libc::CLONE_VFORK;
-const ASIDE: i32 = libc::CLONE_VM | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID;
+const ASIDE: i32 =
+    libc::CLONE_VM | libc::CLONE_PARENT_SETTID | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID;
 
 unsafe extern "C" {
     /// Publishes the stack and waits. 0 in the same task, 1 in another.
@@ -385,6 +392,8 @@ tideover_aside_depart:
     syscall
     cmp dword ptr [rbx + {state}], {failed}
     je 6f
+    cmp dword ptr [rbx + {copy}], 0
+    je 6f
     mov dword ptr [rbx + {state}], {parked}
     tideover_wake {state}
     jmp tideover_aside_stay
@@ -393,7 +402,7 @@ tideover_aside_depart:
 2:
     mov edi, {aside}
     xor esi, esi
-    xor edx, edx
+    lea rdx, [rbx + {copy}]
     mov r10, r12
     xor r8d, r8d
     mov eax, {sys_clone}
@@ -466,6 +475,7 @@ tideover_aside_replace:
     command = const offset_of!(Slot, command),
     gate = const offset_of!(Slot, gate),
     errno = const offset_of!(Slot, errno),
+    copy = const offset_of!(Slot, copy),
     parked = const PARKED,
     ready = const READY,
     failed = const FAILED,

@@ -205,6 +205,23 @@ fn plays_its_role_if_it_has_one() {
             step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap();
             assert_ne!(process::id(), before);
         }
+        "has nobody to make it" => {
+            let shares = u64::try_from(libc::CLONE_CHILD_CLEARTID | libc::CLONE_THREAD).unwrap();
+            let only = u64::try_from(libc::CLONE_CHILD_CLEARTID).unwrap();
+            let makes_process =
+                SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(shares), only);
+            let rule = SeccompRule::new(vec![makes_process.unwrap()]).unwrap();
+            // The process by way of which the other one is made, before it makes it.
+            deny(libc::SYS_clone, vec![rule], SeccompAction::KillProcess);
+            for _ in 0..3 {
+                let error = step_aside(Vec::new(), execute("/bin/cat"), PATIENCE).unwrap_err();
+                assert!(
+                    matches!(&error, AsideError::Clone(source) if source.raw_os_error() == Some(libc::EINTR)),
+                    "{error:?}"
+                );
+            }
+            assert_eq!(process::id(), before);
+        }
         "is killed on the way" => {
             let thread = u64::try_from(libc::CLONE_THREAD).unwrap();
             let makes_thread =
@@ -426,6 +443,12 @@ fn threads_that_hold_the_allocators_locks_step_aside() {
 fn the_other_process_goes_on_without_the_one_that_is_killed_while_it_leaves() {
     let player = Player::start("is killed");
     assert_ne!(player.well(), player.child.id());
+}
+
+#[test]
+fn threads_go_on_if_what_was_to_make_the_other_process_is_killed() {
+    let player = Player::start("has nobody to make it");
+    assert_eq!(player.well(), player.child.id());
 }
 
 #[test]
