@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod campaign;
 mod cargo;
 mod catalogue;
 mod check;
@@ -45,6 +46,8 @@ enum Verb {
     Deps,
     /// Run the end-to-end cases, each in an emulated host whose kernel is replaced
     E2e(e2e::Options),
+    /// Kill and stop VMMs in the midst of updates, and count what that cost: docs/reliability.md
+    Campaign(campaign::Options),
     /// Feed the decoders with inputs that reach ever more of them, by libFuzzer: docs/fuzzing.md
     Fuzz(fuzz::Options),
     /// Look through every file of the tree for what must not be published, and for untidy white
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Verb::Requirements(options) => requirements::run(&options),
         Verb::Deps => deps::run(),
         Verb::E2e(options) => e2e::run(&options),
+        Verb::Campaign(options) => campaign::run(&options),
         Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Words => words::run(),
     };

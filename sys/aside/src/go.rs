@@ -328,7 +328,8 @@ impl Drop for Stayer {
 /// Ends this process, whose other threads have died in the one that they were leaving for. They are parked here still, but
 /// have done there what cannot be done again; and whoever waits for this process would wait for ever.
 fn end_after_others() -> ! {
-    const WHY: &[u8] = b"the process that this one's threads were leaving for has been killed: this one ends, too\n";
+    const WHY: &[u8] =
+        b"the process that this one's threads were leaving for has been killed: this one ends, too\n";
     // SAFETY: writes bytes of a constant. Nothing here may take a lock, which a thread that is parked could hold.
     unsafe { libc::write(libc::STDERR_FILENO, WHY.as_ptr().cast(), WHY.len()) };
     // SAFETY: ends this process at once.
