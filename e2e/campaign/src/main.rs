@@ -1,4 +1,5 @@
 //! `tideover-campaign`: see the library. It is also every VMM that it starts.
+#![forbid(unsafe_code)]
 
 use std::io::IsTerminal as _;
 use std::io::Write as _;
