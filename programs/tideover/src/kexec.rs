@@ -103,7 +103,7 @@ fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
     }
     if !held.is_empty() && !arguments.leave_others {
         bail!(
-            "held since the last kexec, and would end with this kernel: {}: resume or stop them first, or say \
+            "held, and would end with this kernel: {}: resume or stop them first, or say \
              --leave-others",
             held.join(", ")
         );

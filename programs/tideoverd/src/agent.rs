@@ -205,6 +205,8 @@ impl Agents {
     fn hand_over(&mut self, id: PeerId, version: u32, daemon: &Daemon) -> anyhow::Result<After> {
         ensure!(version == VERSION, "this tideoverd speaks version {VERSION}, not {version}");
         ensure!(!self.sessions.is_busy(), "everything is preserved for an update: not now");
+        let starting = daemon.entries.values().find(|entry| entry.is_starting());
+        ensure!(starting.is_none(), "a machine is about to be held: not now");
         let at = self.peers.iter().position(|peer| peer.id == id).context("it is gone")?;
         let mut peer = self.peers.remove(at);
         info!("another tideoverd takes over");

@@ -126,6 +126,11 @@ impl Entry {
         }
     }
 
+    /// A holder was started, and does not listen yet: it is not to be taken for one that is missing.
+    pub(crate) fn is_starting(&self) -> bool {
+        matches!(self.link, Link::Starting { .. })
+    }
+
     /// What rings when there is something to hear.
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.link {

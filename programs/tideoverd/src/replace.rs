@@ -5,12 +5,16 @@
 
 use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use anyhow::bail;
 use fdpass::Deadline;
 use fdpass::Line;
 use fdpass::Lines;
+use thiserror::Error;
+use tracing::debug;
 use tracing::info;
 use vmm::machines;
 
@@ -61,8 +65,31 @@ struct Given {
     peers: Vec<(Option<String>, OwnedFd)>,
 }
 
-/// Takes everything from the daemon that listens.
+/// How long one that refuses may be busy with something.
+const BUSY: Duration = Duration::from_secs(5);
+
+/// Takes everything from the daemon that listens. One that is busy is asked again.
 pub(crate) fn take_over(daemon: &mut Daemon) -> anyhow::Result<Agents> {
+    let until = Deadline::after(BUSY);
+    loop {
+        match try_to_take_over(daemon) {
+            Err(error) if error.is::<Refused>() && !until.has_passed() => {
+                debug!(error = &*error, "it is tried again");
+                thread::sleep(Duration::from_millis(50));
+            }
+            done => return done,
+        }
+    }
+}
+
+/// The other tideoverd says so.
+#[derive(Debug, Error)]
+#[error("the other tideoverd refuses: {why}")]
+struct Refused {
+    why: String,
+}
+
+fn try_to_take_over(daemon: &mut Daemon) -> anyhow::Result<Agents> {
     let path = agent::socket(&daemon.directory);
     let until = Deadline::after(Daemon::patience());
     let cannot = || format!("no tideoverd to take over from at {}", path.display());
@@ -98,7 +125,7 @@ fn take(line: Line, daemon: &mut Daemon, given: &mut Given) -> anyhow::Result<Op
         Event::Session { id } => given.sessions.push((id, fd(&mut fds)?)),
         Event::Peer { subscribed } => given.peers.push((subscribed, fd(&mut fds)?)),
         Event::End => return fd(&mut fds).map(Some),
-        Event::Error { why } => bail!("the other tideoverd refuses: {}", why.escape_debug()),
+        Event::Error { why } => return Err(Refused { why: why.escape_debug().to_string() }.into()),
         other => bail!("unexpected while it hands over: {other:?}"),
     }
     Ok(None)

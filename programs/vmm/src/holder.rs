@@ -38,6 +38,7 @@ use tracing::warn;
 
 use crate::control;
 use crate::control::Answer;
+use crate::control::Client;
 use crate::control::Custody;
 use crate::control::Held;
 use crate::control::OnOom;
@@ -461,6 +462,7 @@ impl Holder {
             let bound = made.and_then(|()| Ok(Listener::bind(&self.told.socket)?));
             let error = match bound {
                 Ok(listener) => return Some(listener),
+                Err(_) if self.is_held_by_another() => return None,
                 Err(error) => format!("{error:#}"),
             };
             if said.as_ref() != Some(&error) {
@@ -469,6 +471,15 @@ impl Holder {
             }
             thread::sleep(AGAIN);
         }
+    }
+
+    /// Another process holds what the same VMM has left: one of the two is enough, and which one that is, its socket says. Whoever
+    /// holds a session of the kernel's is the only one that can.
+    fn is_held_by_another(&self) -> bool {
+        let (Brings::Remains { .. }, Some(kept)) = (&self.told.brings, self.here()) else { return false };
+        let connected = fdpass::connect(&self.told.socket, Deadline::after(LOOK)).ok();
+        let given = connected.and_then(|channel| Client::new(channel).with_patience(LOOK).ask_custody().ok());
+        given.is_some_and(|(custody, ..)| custody.note.identity == kept.note().identity)
     }
 
     /// The machine runs, or is given up: what is kept here is not needed any more.

@@ -1,9 +1,13 @@
 //! Machines whose VMMs die, and the process that keeps them.
 
 use std::fs;
+use std::os::fd::AsFd as _;
 use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
+use custody::NoteFile;
+use custody::When;
 use fdpass::Deadline;
 use fdpass::Lines;
 use rustix::process::Pid;
@@ -11,6 +15,9 @@ use rustix::process::Signal;
 use rustix::process::kill_process;
 use serde_json::Value;
 use serde_json::json;
+use socket::Program;
+use vmm::Brings;
+use vmm::Hold;
 use vmm::Picture;
 use vmm::control::Answer;
 use vmm::control::CheckReport;
@@ -220,6 +227,37 @@ fn a_second_daemon_and_one_that_finds_none_to_replace_end() {
     drop(first);
     host.start_daemon(&["--replace"]);
     assert_eq!(wait_for("the third's end", || host.daemon_ended()).code(), Some(1));
+}
+
+/// As two daemons could come to start one each, if one is killed at the wrong moment.
+#[test]
+fn of_two_that_hold_one_machine_the_second_ends() {
+    let mut host = kept();
+    kill(&host.run("web1"));
+    held(&host, "web1");
+    host.kill_daemon();
+    let (custody, mut fds, connection) = host.client("web1").ask_custody().unwrap();
+    drop(connection);
+    fds.insert(0, NoteFile::make(&custody.note).unwrap().as_fd().try_clone_to_owned().unwrap());
+    let program = Path::new(env!("CARGO_BIN_EXE_tideoverd"));
+    let program = Program::open(program, &[program.to_owned()]).unwrap();
+    let (channel, mut second) = program.start_with(["hold"], Stdio::null(), Stdio::null()).unwrap();
+    vmm::await_ready(&channel).unwrap();
+    let brings = Brings::Remains { vcpus: 0, origin: custody.origin, died: "process 1".to_owned() };
+    let socket = host.directory.join("web1.sock");
+    let hold = Hold {
+        name: "web1".to_owned(),
+        socket,
+        when: When::default(),
+        program: None,
+        log: None,
+        brings,
+        stored: None,
+    };
+    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+    vmm::give(&channel, &hold, &fds).unwrap();
+    assert!(second.ended(PATIENCE).unwrap().success());
+    no_byte_is_lost(&host, "web1");
 }
 
 #[test]
