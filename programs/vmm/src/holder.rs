@@ -367,8 +367,8 @@ impl Holder {
         start::run(kept, way.left, vmm).map(Some).or_else(|error| match kept.standing() {
             // It has the machine, though it could not say so.
             Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running => Ok(None),
-            Ok(Standing::Taken(_)) => Err(error.context("a process has claimed the machine, and lives")),
-            Ok(_) | Err(_) => Err(error),
+            Ok(Standing::Ready(_)) | Err(_) => Err(error),
+            Ok(standing) => Err(error.context(stands(kept, standing))),
         })
     }
 
