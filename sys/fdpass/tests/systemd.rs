@@ -93,7 +93,10 @@ fn a_service_is_given_what_it_pushed_and_takes_it_once() {
     let played = manager::Manager::start(9);
     let fds = [file("one"), file("two")];
     let named: Vec<_> = fds.iter().zip(["a/b", "c"]).map(|(fd, text)| (name(text), fd.as_fd())).collect();
-    at(&played).push(&named, 0, soon()).unwrap();
+    let manager = at(&played);
+    manager.push(&named, 0, soon()).unwrap();
+    // The probe is taken away behind what was pushed.
+    manager.await_done(soon()).unwrap();
     let mut service = played.command(&std::env::current_exe().unwrap());
     service.args(["a_service_is_given_what_it_pushed_and_takes_it_once", "--exact", "--nocapture"]);
     assert!(service.env(SERVICE, "1").status().unwrap().success());
