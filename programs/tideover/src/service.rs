@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::path::PathBuf;
 use std::process::Command;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -68,8 +69,8 @@ fn stop(arguments: &cli::ServiceStop) -> anyhow::Result<ExitCode> {
         Err(error) if error.is::<NoMachine>() => return Ok(ExitCode::SUCCESS),
         Err(error) => return Err(error),
     };
+    extend(if job == Job::Restart { PARK } else { STOP * 2 } + HEAR);
     if job == Job::Restart {
-        extend(PARK + HEAR);
         return match verbs::ask(&client.with_patience(PARK), &Request::Park) {
             Ok(Answer::Sealed(_)) => Ok(ExitCode::SUCCESS),
             // Its next process holds it, as this one does.
@@ -114,10 +115,9 @@ fn extend(span: Duration) {
 /// The manager's job for the unit that this process is in.
 fn job() -> anyhow::Result<Job> {
     let list = fs::read_to_string("/proc/self/cgroup").context("cannot tell which unit this is")?;
-    let Unit { name, of_user } =
-        unit(&list).context("this process is in no unit: ExecStop= is to run this")?;
+    let name = unit(&list).context("this process is in no unit: ExecStop= is to run this")?;
     let mut command = Command::new("systemctl");
-    command.args(of_user.then_some("--user")).args([
+    command.args(is_of_user().then_some("--user")).args([
         "list-jobs",
         "--no-legend",
         "--no-pager",
@@ -134,24 +134,19 @@ fn job() -> anyhow::Result<Job> {
     job_of(&name, &String::from_utf8_lossy(&output.stdout))
 }
 
-/// A unit, and whose it is.
-#[derive(Debug, PartialEq, Eq)]
-struct Unit {
-    name: String,
-    /// Of a user's manager, not of the system's.
-    of_user: bool,
+/// The manager is a user's, not the system's: it listens below the user's directory.
+fn is_of_user() -> bool {
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let (at, below) = (variable("NOTIFY_SOCKET"), variable("XDG_RUNTIME_DIR"));
+    at.zip(below).is_some_and(|(at, below)| at.starts_with(below))
 }
 
 /// The unit whose cgroup a process is in that /proc tells this of.
-fn unit(cgroups: &str) -> Option<Unit> {
+fn unit(cgroups: &str) -> Option<String> {
     let own = |prefix: &str| {
         let path = cgroups.lines().find_map(|line| line.split_once(prefix).map(|(_, path)| path))?;
         let parts: Vec<&str> = Path::new(path).iter().filter_map(|part| part.to_str()).collect();
-        let name = parts.iter().rev().find(|part| part.ends_with(".service"))?;
-        // A user's manager is a service itself.
-        let is_manager = |part: &str| part.starts_with("user@");
-        let of_user = parts.iter().any(|part| is_manager(part)) && !is_manager(name);
-        Some(Unit { name: (*name).to_owned(), of_user })
+        parts.iter().rev().find(|part| part.ends_with(".service")).map(|name| (*name).to_owned())
     };
     own("0::").or_else(|| own(":name=systemd:"))
 }
@@ -175,21 +170,16 @@ fn job_of(unit: &str, list: &str) -> anyhow::Result<Job> {
 mod tests {
     use super::*;
 
-    fn named(name: &str, of_user: bool) -> Option<Unit> {
-        Some(Unit { name: name.to_owned(), of_user })
-    }
-
     #[test]
     fn the_unit_is_the_innermost_service_of_the_cgroup() {
+        let found = |cgroups| unit(cgroups).unwrap_or_default();
         let system = "0::/system.slice/system-tideover.slice/tideover@web1.service\n";
-        assert_eq!(unit(system), named("tideover@web1.service", false));
-        assert_eq!(unit("0::/system.slice/a.service/.control\n"), named("a.service", false));
-        let user = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/vm.service";
-        assert_eq!(unit(user), named("vm.service", true));
-        let hybrid = "5:cpu:/\n1:name=systemd:/system.slice/a.service\n0::/user.slice\n";
-        assert_eq!(unit(hybrid), named("a.service", false));
-        assert_eq!(unit("0::/user.slice/session-1.scope\n"), None);
-        assert_eq!(unit(""), None);
+        assert_eq!(found(system), "tideover@web1.service");
+        assert_eq!(found("0::/system.slice/a.service/.control\n"), "a.service");
+        assert_eq!(found("0::/user.slice/user-1.slice/user@1.service/app.slice/vm.service"), "vm.service");
+        assert_eq!(found("5:cpu:/\n1:name=systemd:/system.slice/a.service\n0::/user.slice\n"), "a.service");
+        assert_eq!(found("0::/user.slice/session-1.scope\n"), "");
+        assert_eq!(found(""), "");
     }
 
     #[test]
