@@ -4,6 +4,7 @@ mod called_off;
 mod check;
 mod demo;
 mod device;
+mod fdstore;
 mod kexec;
 mod kexec_linux;
 mod kexec_systemd;
@@ -37,6 +38,7 @@ const CASES: &[(&str, Case)] = &[
     ("check", check::run),
     ("demo", demo::run),
     ("device", device::run),
+    ("fdstore", fdstore::run),
     ("kexec", kexec::one),
     ("kexec-called-off", called_off::run),
     ("kexec-eight", kexec::eight),
