@@ -412,7 +412,11 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
         size::show(status.huge_bytes)
     );
     text += &format!("  identity   {}\n", status.identity);
-    let kept = if status.kept { "kept against the death of its VMM" } else { "lost should its VMM die" };
+    let kept = match (status.kept, status.stored) {
+        (_, true) => "the service manager: kept over a restart of its unit, and against the death of its VMM",
+        (true, false) => "kept against the death of its VMM",
+        (false, false) => "lost should its VMM die",
+    };
     text += &format!("  keeper     {kept}\n");
     match status.confined {
         Confine::No => {}
