@@ -13,6 +13,8 @@ use machine::OwnershipWord;
 use rustix::process::Signal;
 use vmm::control;
 use vmm::control::Answer;
+use vmm::control::CheckReport;
+use vmm::control::Recovered;
 use vmm::control::Request;
 use vmm::control::Source;
 use vmm::control::UpdateRequest;
@@ -21,6 +23,7 @@ use crate::choice::Carrier;
 use crate::choice::Try;
 use crate::choice::When;
 use crate::choice::Whom;
+use crate::keeper::Keeper;
 use crate::machine::Event;
 use crate::machine::Machine;
 use crate::plan::Actor;
@@ -68,6 +71,8 @@ pub struct Found {
     pub kills: u32,
     /// Processes that were stopped.
     pub stops: u32,
+    /// It was recovered, and the guest ran on from where it stood.
+    pub ran_on: bool,
     /// How long the guest stood still for the update, in microseconds, if that is known.
     pub pause_us: Option<f64>,
     /// What the memory holds.
@@ -78,8 +83,8 @@ pub struct Found {
     pub note: Option<String>,
 }
 
-/// Does it. After any outcome but [`WentThrough`](Outcome::WentThrough) and [`RolledBack`](Outcome::RolledBack) the machine is of no
-/// more use.
+/// Does it. After any outcome but [`WentThrough`](Outcome::WentThrough), [`RolledBack`](Outcome::RolledBack) and
+/// [`Recovered`](Outcome::Recovered) the machine is of no more use.
 #[must_use]
 pub fn attempt(machine: &mut Machine, chosen: &Try) -> Found {
     let mut course = Course::default();
@@ -105,6 +110,7 @@ struct Course {
     successor: Option<Process>,
     pause_us: Option<f64>,
     owners: u32,
+    ran_on: bool,
     memory: Comparison,
 }
 
@@ -138,8 +144,8 @@ impl Limit {
 
 impl Course {
     fn found(&self, outcome: Outcome, owners: Option<u32>, note: Option<String>) -> Found {
-        let Self { kills, stops, pause_us, memory, .. } = *self;
-        Found { outcome, kills, stops, pause_us, memory, owners: owners.unwrap_or(self.owners), note }
+        let Self { kills, stops, ran_on, pause_us, memory, .. } = *self;
+        Found { outcome, kills, stops, ran_on, pause_us, memory, owners: owners.unwrap_or(self.owners), note }
     }
 
     fn run(&mut self, machine: &mut Machine, chosen: &Try) -> anyhow::Result<Found> {
@@ -160,7 +166,8 @@ impl Course {
     }
 
     /// The update, up to whoever asked for it knows how it went, or cannot know any more.
-    fn update(&mut self, machine: &Machine, chosen: &Try, patience: Patience) -> anyhow::Result<Before> {
+    fn update(&mut self, machine: &mut Machine, chosen: &Try, patience: Patience) -> anyhow::Result<Before> {
+        machine.keeper.as_ref().map_or(Ok(()), Keeper::await_kept)?;
         let word = machine.witness.owner()?;
         let holders = machine.witness.holders(word, &machine.processes());
         ensure!(holders.len() == 1, "before the update, {holders:?} hold {word:?}");
@@ -182,7 +189,7 @@ impl Course {
 
     fn follow(
         &mut self,
-        machine: &Machine,
+        machine: &mut Machine,
         chosen: &Try,
         patience: Patience,
         before: &Before,
@@ -275,7 +282,11 @@ impl Course {
     }
 
     /// The moment has come.
-    fn strike(&mut self, machine: &Machine, chosen: &Try, before: &Before) -> anyhow::Result<()> {
+    fn strike(&mut self, machine: &mut Machine, chosen: &Try, before: &Before) -> anyhow::Result<()> {
+        if chosen.whom == Whom::Daemon {
+            self.count(Fault::Kill);
+            return machine.keeper.as_mut().map_or(Ok(()), Keeper::kill_and_start);
+        }
         let pids = machine.processes();
         let holders = machine.witness.holders(before.word, &pids);
         let main = before.owner.pid;
@@ -286,6 +297,7 @@ impl Course {
         let victims: Vec<u32> = match chosen.whom {
             Whom::Itself | Whom::Predecessor => vec![main],
             Whom::Successor => others,
+            Whom::Daemon => Vec::new(),
             Whom::Both => others.into_iter().chain([main]).collect(),
             Whom::Aside => holders.iter().copied().filter(|pid| *pid != main).collect(),
         };
@@ -348,13 +360,7 @@ impl Course {
         let ticks = machine.witness.ticks();
         ensure!(ticks > before.ticks, "the guest had counted {}, and now {ticks}", before.ticks);
         let check = machine.check()?;
-        self.memory = Comparison {
-            pages_checked: check.pages_checked,
-            pages_lost: check.pages_lost,
-            guest_errors: check.guest_errors,
-            registers_lost: check.registers_lost,
-            ticks_miscounted: check.ticks_miscounted,
-        };
+        self.memory = comparison(&check);
         let went = status.updates - machine.updates;
         machine.updates = status.updates;
         ensure!(went <= 1, "{went} updates at once");
@@ -372,7 +378,7 @@ impl Course {
     /// No process is left.
     fn lost(
         &mut self,
-        machine: &Machine,
+        machine: &mut Machine,
         chosen: &Try,
         before: &Before,
         word: OwnershipWord,
@@ -383,10 +389,46 @@ impl Course {
             None => self.may_be_lost(chosen, before, word),
         };
         if is_meant {
-            return Ok(self.found(Outcome::Lost, Some(0), None));
+            return match machine.keeper {
+                Some(_) => self.recover(machine, word),
+                None => Ok(self.found(Outcome::Lost, Some(0), None)),
+            };
         }
         let note = format!("{word:?}, before {:?}; said: {}", before.word, machine.said());
         Ok(self.found(Outcome::Stranded, Some(0), Some(note)))
+    }
+
+    /// A daemon has kept the machine: it is held, whole, and runs again.
+    fn recover(&mut self, machine: &mut Machine, word: OwnershipWord) -> anyhow::Result<Found> {
+        let keeper = machine.keeper.as_ref().context("nobody keeps the machine")?;
+        // What was planned is over, though nobody may have come to its place.
+        machine.folder.write_plan(&Plan { patience_ms: millis(AMPLE.prepare)?, ..Plan::default() })?;
+        let held = keeper.await_held()?;
+        let (held_memory, files) = keeper.compare()?;
+        ensure!(machine.witness.are_same(&files)?, "other memory is held than the machine had");
+        self.memory = self.memory.and(&comparison(&held_memory));
+        let ticks = machine.witness.ticks();
+        let report = keeper.recover()?;
+        self.ran_on = report.how == Recovered::RunsOn;
+        let may_run_on = word.state() != OwnershipState::Running;
+        ensure!(self.ran_on == held.complete, "complete: {}, {report:?}", held.complete);
+        ensure!(may_run_on || !self.ran_on, "a state runs on with memory of a later instant: {word:?}");
+        machine.control = keeper.connect()?;
+        let status = machine.status()?;
+        ensure!(status.pid == report.pid, "{} answers, and {} was to run", status.pid, report.pid);
+        ensure!(status.identity == machine.identity, "the machine's identity is {} now", status.identity);
+        machine.updates = status.updates;
+        let mut limit = Limit::new();
+        while !is_settled(machine)? {
+            limit.pass("the recovery")?;
+            await_change(machine);
+        }
+        ensure!(!self.ran_on || machine.witness.ticks() >= ticks, "ticks went back from {ticks}");
+        if let Some(still) = stands_still(machine)? {
+            return Ok(self.found(Outcome::Stranded, None, Some(format!("{still} after a recovery"))));
+        }
+        self.memory = self.memory.and(&comparison(&machine.check()?));
+        Ok(self.found(Outcome::Recovered, Some(1), None))
     }
 
     /// Whether the one that ran the guest was killed as it did, going by the word that it left.
@@ -431,6 +473,16 @@ impl Course {
         owner.wake();
         // If it changed hands meanwhile, somebody else has every right to run it.
         Ok(if was_same && is_same && before != after { 2 } else { 1 })
+    }
+}
+
+fn comparison(check: &CheckReport) -> Comparison {
+    Comparison {
+        pages_checked: check.pages_checked,
+        pages_lost: check.pages_lost,
+        guest_errors: check.guest_errors,
+        registers_lost: check.registers_lost,
+        ticks_miscounted: check.ticks_miscounted,
     }
 }
 

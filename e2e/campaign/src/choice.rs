@@ -29,6 +29,8 @@ pub enum Whom {
     Successor,
     /// Both of them.
     Both,
+    /// The daemon that keeps the machine; it is started again.
+    Daemon,
     /// The process in which the program before goes on, once the one that it was in executes the next.
     Aside,
 }
@@ -54,6 +56,8 @@ pub struct Try {
     pub index: u64,
     /// How many vCPUs the machine has.
     pub vcpus: u32,
+    /// A daemon keeps it.
+    pub kept: bool,
     /// How the machine goes.
     pub carrier: Carrier,
     /// The VMM starts its successor itself; else it is given one. By exec that is always so.
@@ -140,8 +144,13 @@ pub fn choose(seed: u64, walk: &[Spot], index: u64) -> Try {
         Some((carrier, actor, place, fault, whom)) => (carrier, fault, whom, When::At { actor, place }),
         None => moment(&mut random),
     };
+    let kept = is_kept(index);
+    // That alone: a machine whose VMM dies while nobody keeps it is lost.
+    let is_daemon = kept && matches!(when, When::After(_)) && random.below(4) == 0;
+    let (fault, whom) = if is_daemon { (Fault::Kill, Whom::Daemon) } else { (fault, whom) };
     Try {
         index,
+        kept,
         vcpus: if index.is_multiple_of(2) { 1 } else { 2 },
         carrier,
         starts: carrier == Carrier::Exec || random.below(3) == 0,
@@ -156,6 +165,11 @@ pub fn choose(seed: u64, walk: &[Spot], index: u64) -> Try {
             Place::At(machine::update::Step::Claimed)
         },
     }
+}
+
+/// Half of the machines are kept, many tries in a row: so they are used again.
+const fn is_kept(index: u64) -> bool {
+    (index / 64) % 2 == 1
 }
 
 /// How long after the request most of what happens in an update is over, in microseconds. Shorter spans meet the places
@@ -234,7 +248,15 @@ mod tests {
     fn what_comes_after_the_walk_strikes_everybody_at_places_and_at_moments() {
         let walk = walk(3);
         let tries: Vec<Try> = (1000..6000).map(|index| choose(3, &walk, index)).collect();
-        for whom in [Whom::Itself, Whom::Predecessor, Whom::Successor, Whom::Both, Whom::Aside] {
+        let all = [
+            Whom::Itself,
+            Whom::Predecessor,
+            Whom::Successor,
+            Whom::Both,
+            Whom::Aside,
+            Whom::Daemon,
+        ];
+        for whom in all {
             assert!(tries.iter().any(|one| one.whom == whom), "{whom:?}");
         }
         let at_moments = tries.iter().filter(|one| matches!(one.when, When::After(_))).count();

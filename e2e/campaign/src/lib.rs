@@ -9,11 +9,15 @@
 //! other file ([`witness`]): which processes live, what the ownership word says, which process holds the nonce in it, whether the guest
 //! goes on, and whether every page holds what it should.
 //!
+//! Half of the machines have a `tideoverd` that keeps them ([`keeper`]). Where the process that runs such a machine's guest is killed, the
+//! machine has to be held with all of its memory, and to run again when it is recovered; and the daemon itself is killed.
+//!
 //! The machine's VMMs are this program, too ([`role`]): the `vmm` crate, told of each step so that it can come to grief there.
 #![forbid(unsafe_code)]
 
 pub mod attempt;
 pub mod choice;
+pub mod keeper;
 pub mod machine;
 pub mod plan;
 pub mod process;

@@ -25,12 +25,15 @@ use vmm::control::MachineSpec;
 use vmm::control::Request;
 use vmm::control::Status;
 
+use crate::keeper::Keeper;
 use crate::plan::Actor;
 use crate::plan::Folder;
 use crate::plan::Place;
 use crate::process::Process;
 use crate::process::kill_group;
+use crate::process::kill_with;
 use crate::process::living;
+use crate::process::living_vmms;
 use crate::role;
 use crate::witness::Witness;
 
@@ -54,6 +57,8 @@ pub struct Machine {
     pub identity: String,
     /// Its processes' group.
     group: u32,
+    /// What keeps it.
+    pub keeper: Option<Keeper>,
     pub(crate) control: Channel,
     pub(crate) events: File,
 }
@@ -74,13 +79,14 @@ impl Machine {
     ///
     /// # Errors
     /// If it does not come to run.
-    pub fn make(guest: GuestKind, vcpus: u32) -> anyhow::Result<Self> {
+    pub fn make(guest: GuestKind, vcpus: u32, is_kept: bool) -> anyhow::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("c{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(format!("tideover-campaign-{name}"));
         DirBuilder::new().mode(0o700).create(&path).context("cannot make a folder")?;
         let folder = Folder::at(path);
-        folder.write_spec(&MachineSpec { vcpus, ..MachineSpec::new(&name, MEMORY_BYTES, guest) })?;
+        let socket = is_kept.then(|| Keeper::socket(&folder, &name));
+        folder.write_spec(&MachineSpec { vcpus, socket, ..MachineSpec::new(&name, MEMORY_BYTES, guest) })?;
         let events = folder.make_events()?;
         rustix::io::ioctl_fionbio(&events, true)?;
         let (control, theirs) = Channel::pair()?;
@@ -90,12 +96,13 @@ impl Machine {
         let group = child.id();
         let machine = || -> anyhow::Result<_> {
             let status = status(&control)?;
-            Ok((Witness::of(group, &name)?, status))
+            let keeper = is_kept.then(|| Keeper::start(&folder, &name)).transpose()?;
+            Ok((Witness::of(group, &name)?, status, keeper))
         };
         match machine() {
-            Ok((witness, status)) => {
+            Ok((witness, status, keeper)) => {
                 let (updates, identity) = (status.updates, status.identity);
-                Ok(Self { folder, witness, vcpus, updates, identity, group, control, events })
+                Ok(Self { folder, witness, vcpus, updates, identity, group, keeper, control, events })
             }
             Err(error) => {
                 kill_group(group);
@@ -107,7 +114,15 @@ impl Machine {
     /// The processes that live.
     #[must_use]
     pub fn processes(&self) -> Vec<u32> {
-        living(self.group)
+        match self.keeper {
+            Some(_) => living_vmms(&self.environment()),
+            // Quicker: nothing leaves the group.
+            None => living(self.group),
+        }
+    }
+
+    fn environment(&self) -> String {
+        format!("{}={}", role::FOLDER, self.folder.path().display())
     }
 
     /// Starts a successor, and gives it with the channel to it.
@@ -118,6 +133,8 @@ impl Machine {
         let (ours, theirs) = Channel::pair()?;
         let group = i32::try_from(self.group)?;
         let mut command = command(&self.folder, role::SUCCEED)?;
+        // A machine that was recovered has left its group.
+        let group = if self.keeper.is_some() { 0 } else { group };
         let child = command.stdin(Stdio::from(theirs.into_stdio())).process_group(group).spawn()?;
         Ok((Process::open(child.id())?, ours))
     }
@@ -174,6 +191,9 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        if self.keeper.take().is_some() {
+            kill_with(&self.environment());
+        }
         kill_group(self.group);
         let _ = fs::remove_dir_all(self.folder.path());
     }

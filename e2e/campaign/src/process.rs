@@ -114,6 +114,43 @@ pub fn living(group: u32) -> Vec<u32> {
     found
 }
 
+/// The VMMs that live whose environment has that in it, of the processes that this one, or a child of its, started.
+#[must_use]
+pub fn living_vmms(environment: &str) -> Vec<u32> {
+    let mut vmms = with(environment);
+    vmms.retain(|pid| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.split(|byte| *byte == 0).nth(1) == Some(b"vmm")
+    });
+    vmms.sort_unstable();
+    vmms
+}
+
+/// Ends all processes whose environment has that in it.
+pub fn kill_with(environment: &str) {
+    // One that is killed may just have started another.
+    for _ in 0..3 {
+        let processes = with(environment).into_iter().filter_map(|pid| Process::open(pid).ok());
+        for process in processes {
+            process.signal(Signal::KILL);
+        }
+    }
+}
+
+fn with(environment: &str) -> Vec<u32> {
+    let mut found = Vec::new();
+    let mut look = children(std::process::id());
+    while let Some(pid) = look.pop() {
+        look.extend(children(pid));
+        let has = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let has = has.split(|byte| *byte == 0).any(|variable| variable == environment.as_bytes());
+        if has && !matches!(state(pid), None | Some('Z' | 'X')) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
 fn children(pid: u32) -> Vec<u32> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let of_task = tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());

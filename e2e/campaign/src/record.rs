@@ -53,6 +53,9 @@ pub struct Record {
     pub guest: GuestKind,
     /// How many vCPUs it has.
     pub vcpus: u32,
+    /// A daemon keeps it.
+    #[serde(default)]
+    pub kept: bool,
     /// The VMM started its successor itself.
     pub starts: bool,
     /// What was done.
@@ -71,6 +74,9 @@ pub struct Record {
     pub stops: u32,
     /// How it ended.
     pub outcome: Outcome,
+    /// It was recovered, and the guest ran on from where it stood.
+    #[serde(default)]
+    pub ran_on: bool,
     /// How long the guest stood still for the update, in microseconds, if that is known.
     pub pause_us: Option<f64>,
     /// Pages of 4 KiB that were compared after it.
@@ -107,14 +113,18 @@ pub struct Totals {
     pub tried: u64,
     /// Processes that were killed.
     pub kills: u64,
+    /// Of those, daemons that kept a machine.
+    pub daemons: u64,
     /// Processes that were stopped, and woken later.
     pub stops: u64,
     /// Updates that went through.
     pub went_through: u64,
     /// Updates that were rolled back.
     pub rolled_back: u64,
-    /// Machines that were recovered.
+    /// Machines that were recovered, since a daemon kept them.
     pub recovered: u64,
+    /// Of those, machines whose guest ran on from where it stood.
+    pub ran_on: u64,
     /// Machines whose process was killed while it ran the guest.
     pub lost_by_design: u64,
     /// Machines that nothing ran any more though something should.
@@ -162,6 +172,8 @@ impl Totals {
             Outcome::Hung => &mut self.hung,
         };
         *count += 1;
+        self.ran_on += u64::from(record.ran_on);
+        self.daemons += u64::from(if record.whom == Whom::Daemon { record.kills } else { 0 });
         self.pages_checked += record.pages_checked;
         self.bytes_lost += record.pages_lost * pulse::PAGE_BYTES;
         self.guest_errors += record.guest_errors;
@@ -198,6 +210,7 @@ impl Totals {
         let rows = [
             ("updates tried", self.tried.to_string()),
             ("  processes killed", self.kills.to_string()),
+            ("    of them tideoverd", self.daemons.to_string()),
             ("  processes stopped, and woken later", self.stops.to_string()),
             (
                 "  named places struck, each with each fault",
@@ -206,6 +219,7 @@ impl Totals {
             ("went through", self.went_through.to_string()),
             ("rolled back", self.rolled_back.to_string()),
             ("recovered", self.recovered.to_string()),
+            ("  ran on from where they stood", self.ran_on.to_string()),
             ("machines lost, their process killed as it ran them", self.lost_by_design.to_string()),
             ("machines lost otherwise", self.stranded.to_string()),
             ("did not end", self.hung.to_string()),
@@ -277,6 +291,7 @@ mod tests {
             carrier: Carrier::Socket,
             guest: GuestKind::Thread,
             vcpus: 1,
+            kept: false,
             starts: false,
             fault: Fault::Kill,
             whom: Whom::Itself,
@@ -286,6 +301,7 @@ mod tests {
             kills: 1,
             stops: 0,
             outcome: Outcome::RolledBack,
+            ran_on: false,
             pause_us: None,
             pages_checked: 2048,
             pages_lost: 0,

@@ -36,6 +36,8 @@ pub fn play(folder: PathBuf, arguments: &[String]) -> ExitCode {
     let folder = Folder::at(folder);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let played = match arguments[..] {
+        [] | ["hold"] => return tideoverd::main(),
+        ["vmm", "--detach", "succeed"] => recovered(&folder),
         ["vmm", "first"] => first(&folder),
         ["vmm", "succeed"] => succeed(&folder, &Start::Started),
         ["vmm", "succeed", "--handoff", handoff] => go_on(&folder, handoff),
@@ -60,6 +62,13 @@ fn succeed(folder: &Folder, start: &Start) -> anyhow::Result<()> {
     let plan = folder.plan()?;
     let takes = if plan.rehearsed { Actor::Rehearsed } else { Actor::Successor };
     take_over(Player { folder: folder.clone(), plan, takes }, start)
+}
+
+/// Runs a machine that was held.
+fn recovered(folder: &Folder) -> anyhow::Result<()> {
+    // It outlives its holder.
+    rustix::process::setsid()?;
+    succeed(folder, &Start::Started)
 }
 
 fn take_over(player: Player, start: &Start) -> anyhow::Result<()> {

@@ -137,12 +137,13 @@ fn work(
 
 fn one(options: &Options, chosen: &Try, machine: &mut Option<Machine>) -> anyhow::Result<Record> {
     let begun = Instant::now();
-    let mut there = match machine.take() {
+    let there = machine.take().filter(|there| there.keeper.is_some() == chosen.kept);
+    let mut there = match there {
         Some(there) => there,
-        None => Machine::make(options.guest, chosen.vcpus)?,
+        None => Machine::make(options.guest, chosen.vcpus, chosen.kept)?,
     };
     let found = attempt(&mut there, chosen);
-    if matches!(found.outcome, Outcome::WentThrough | Outcome::RolledBack) {
+    if matches!(found.outcome, Outcome::WentThrough | Outcome::RolledBack | Outcome::Recovered) {
         *machine = Some(there);
     }
     let (actor, place, after_us) = place_of(chosen);
@@ -152,6 +153,7 @@ fn one(options: &Options, chosen: &Try, machine: &mut Option<Machine>) -> anyhow
         carrier: chosen.carrier,
         guest: options.guest,
         vcpus: chosen.vcpus,
+        kept: chosen.kept,
         starts: chosen.starts,
         fault: chosen.fault,
         whom: chosen.whom,
@@ -161,6 +163,7 @@ fn one(options: &Options, chosen: &Try, machine: &mut Option<Machine>) -> anyhow
         kills: found.kills,
         stops: found.stops,
         outcome: found.outcome,
+        ran_on: found.ran_on,
         pause_us: found.pause_us,
         pages_checked: found.memory.pages_checked,
         pages_lost: found.memory.pages_lost,

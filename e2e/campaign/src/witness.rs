@@ -3,6 +3,7 @@
 use std::fs;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use abi::arena::OWNERSHIP_ADDRESS;
@@ -52,6 +53,20 @@ pub struct Comparison {
     pub ticks_miscounted: u64,
 }
 
+impl Comparison {
+    /// Both together.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        Self {
+            pages_checked: self.pages_checked + other.pages_checked,
+            pages_lost: self.pages_lost + other.pages_lost,
+            guest_errors: self.guest_errors + other.guest_errors,
+            registers_lost: self.registers_lost + other.registers_lost,
+            ticks_miscounted: self.ticks_miscounted + other.ticks_miscounted,
+        }
+    }
+}
+
 impl Witness {
     /// Of the machine of this name, which that process runs.
     ///
@@ -89,6 +104,16 @@ impl Witness {
         let mut word = [0; 8];
         self.metadata.read_exact_at(&mut word, OWNERSHIP_ADDRESS)?;
         OwnershipWord::from_bits(u64::from_le_bytes(word)).context("the ownership word is destroyed")
+    }
+
+    /// Whether these are the machine's metadata and memory.
+    ///
+    /// # Errors
+    /// If the kernel does not say.
+    pub fn are_same(&self, files: &[File]) -> anyhow::Result<bool> {
+        let [metadata, ram] = files else { return Ok(false) };
+        let number = |file: &File| anyhow::Ok((file.metadata()?.dev(), file.metadata()?.ino()));
+        Ok(number(metadata)? == number(&self.metadata)? && number(ram)? == number(&self.ram.0)?)
     }
 
     /// Which of these processes hold the nonce of the word, by the kernel's list of the locks of their files.
