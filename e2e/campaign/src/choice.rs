@@ -248,14 +248,7 @@ mod tests {
     fn what_comes_after_the_walk_strikes_everybody_at_places_and_at_moments() {
         let walk = walk(3);
         let tries: Vec<Try> = (1000..6000).map(|index| choose(3, &walk, index)).collect();
-        let all = [
-            Whom::Itself,
-            Whom::Predecessor,
-            Whom::Successor,
-            Whom::Both,
-            Whom::Aside,
-            Whom::Daemon,
-        ];
+        let all = [Whom::Itself, Whom::Predecessor, Whom::Successor, Whom::Both, Whom::Aside, Whom::Daemon];
         for whom in all {
             assert!(tries.iter().any(|one| one.whom == whom), "{whom:?}");
         }

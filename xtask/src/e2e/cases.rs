@@ -52,7 +52,8 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("check", "what check finds, before and after a kexec", 1024, 240),
     Case::new("demo", "the demo by both carriers (updates=2)", 1024, 120),
     Case::new("device", "what /dev/liveupdate answers", 768, 60).in_ci(),
-    Case::new("fdstore", "systemd restarts, stops and loses a machine that is a unit", 1024, 600).with_systemd(),
+    Case::new("fdstore", "systemd restarts, stops and loses a machine that is a unit", 1024, 600)
+        .with_systemd(),
     Case::new("kexec", "a machine lives through two kernels", 1024, 240).in_ci(),
     Case::new("kexec-called-off", "a kexec that does not come about leaves nothing behind", 1024, 900),
     Case::new("kexec-eight", "eight machines at once", 1024, 600).told(SHADOW_PAGES),

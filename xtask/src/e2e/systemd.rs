@@ -81,7 +81,10 @@ const WANTED: [(&str, &str, &str); 2] = [
 /// In the units' own folders.
 const DIST: [(&str, &str); 4] = [
     ("system/tideover@.service", "usr/lib/systemd/system/tideover@.service"),
-    ("system/tideover@.service.d/preserve.conf", "usr/lib/systemd/system/tideover@failed.service.d/preserve.conf"),
+    (
+        "system/tideover@.service.d/preserve.conf",
+        "usr/lib/systemd/system/tideover@failed.service.d/preserve.conf",
+    ),
     ("system/tideover-resume.service", "usr/lib/systemd/system/tideover-resume.service"),
     ("system-shutdown/tideover", "usr/lib/systemd/system-shutdown/tideover"),
 ];

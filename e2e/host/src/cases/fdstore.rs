@@ -173,7 +173,7 @@ fn is_held_after_a_death(made: &Value) -> anyhow::Result<()> {
             _ => thread::sleep(Duration::from_millis(100)),
         }
     };
-    ensure!(held["pid"].to_string() != pid, "the same process");
+    ensure!(held["pid"].as_u64() != pid.parse().ok(), "the same process");
     is(UNIT, "ActiveState", "active")?;
     is(UNIT, "NFileDescriptorStore", KEPT)?;
     systemctl(&["restart", UNIT])?;
