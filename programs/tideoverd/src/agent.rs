@@ -41,7 +41,8 @@ const SOCKET: &str = "luo-agent.socket";
 const MAX_PEERS: usize = 256;
 
 /// Where agents come, in a directory of machines.
-pub(crate) fn socket(directory: &Path) -> PathBuf {
+#[must_use]
+pub fn socket(directory: &Path) -> PathBuf {
     directory.join(SOCKET)
 }
 

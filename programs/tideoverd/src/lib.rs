@@ -22,6 +22,7 @@ mod watch;
 
 use std::process::ExitCode;
 
+pub use agent::socket;
 pub use client::Client;
 pub use client::Preserved;
 
