@@ -40,8 +40,9 @@ const LOOK: Duration = Duration::from_millis(10);
 const AGAIN: Duration = Duration::from_secs(1);
 /// How long a holder may take to be there.
 const START: Duration = Duration::from_secs(60);
-/// How long a machine's socket may take to accept: it is one of this host.
-const CONNECT: Duration = Duration::from_millis(200);
+/// How long a machine's socket may take to take a connection: where there is room it does so at once, whatever its VMM does. Meanwhile
+/// nobody else is heard.
+const CONNECT: Duration = Duration::from_millis(2);
 
 /// What entries share.
 #[derive(Debug)]
@@ -168,7 +169,7 @@ impl Entry {
             Ok(Some((answer, fds))) => self.heard(answer, fds, means),
             Ok(None) => self.closed(),
             Err(error) => {
-                debug!(name = self.name, error = &*error, "what it says cannot be understood");
+                warn!(name = self.name, error = &*error, "what it says cannot be taken");
                 self.closed();
             }
         }

@@ -244,6 +244,15 @@ impl Clients {
         self.list.iter().filter(|client| client.mode == Mode::Keeps).map(|client| &client.channel)
     }
 
+    /// Ends the connections of all that keep the machine: they ask again. They stay in the list until that is heard, so that nobody's
+    /// place changes.
+    pub(crate) fn let_go_of_keepers(&mut self) {
+        for client in self.list.iter_mut().filter(|client| client.mode == Mode::Keeps) {
+            client.mode = Mode::Asks;
+            client.channel.shut_down();
+        }
+    }
+
     /// Tells all that wait for the guest's end, and who keeps the machine for nothing from then on.
     pub(crate) fn tell_waiting(&self, answer: &Answer) {
         for client in self.list.iter().filter(|client| client.mode != Mode::Asks) {

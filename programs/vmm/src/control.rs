@@ -687,6 +687,19 @@ pub fn send_with(channel: &Channel, message: &impl Serialize, fds: &[BorrowedFd<
     Ok(())
 }
 
+/// The same, unless the other side has not read what it was sent before.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_at_once(
+    channel: &Channel,
+    message: &impl Serialize,
+    fds: &[BorrowedFd<'_>],
+) -> anyhow::Result<()> {
+    let bytes = serde_json::to_vec(message)?;
+    Ok(channel.send(&bytes, fds, Deadline::after(Duration::ZERO))?)
+}
+
 /// Receives a message; `None` if the other side is gone.
 ///
 /// # Errors

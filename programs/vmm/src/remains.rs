@@ -10,13 +10,13 @@ use std::process;
 use anyhow::Context as _;
 use anyhow::ensure;
 use custody::Note;
+use fdpass::Channel;
 use fdpass::MAX_MESSAGE_FDS;
 use gmem::Freeze;
 use machine::update::Guest as _;
 use region::Region;
 use socket::Origin;
 use socket::Program;
-use tracing::debug;
 use tracing::warn;
 
 use crate::clients::ClientId;
@@ -84,7 +84,7 @@ impl Vmm {
         self.renew_note();
     }
 
-    pub(crate) fn tell_keepers(&self) {
+    pub(crate) fn tell_keepers(&mut self) {
         if self.clients.keepers().next().is_none() {
             return;
         }
@@ -92,10 +92,13 @@ impl Vmm {
             Ok(custody) => custody,
             Err(error) => return warn!(error = &*error, "who keeps the machine does not know all of it"),
         };
-        for keeper in self.clients.keepers() {
-            if let Err(error) = control::send_with(keeper, &answer, &fds) {
-                debug!(error = &*error, "nobody keeps the machine");
-            }
+        let told = |keeper: &Channel| control::send_at_once(keeper, &answer, &fds);
+        let lost = self.clients.keepers().filter(|keeper| told(keeper).is_err()).count();
+        drop(fds);
+        if lost > 0 {
+            // It notices that its connection is closed, and asks again. The guest and its updates wait for nobody.
+            warn!(lost, "whoever kept the machine does not read what it is told, and is let go");
+            self.clients.let_go_of_keepers();
         }
     }
 

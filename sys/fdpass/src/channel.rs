@@ -260,6 +260,12 @@ impl Channel {
         self.socket
     }
 
+    /// Ends the connection for both sides, whoever else has a descriptor of this end. What was sent can still be received.
+    pub fn shut_down(&self) {
+        // One that is ended already stays so.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+
     /// Sends one message whole, with copies of `fds`, or nothing.
     ///
     /// That it was sent does not mean that it was read.

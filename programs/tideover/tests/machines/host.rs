@@ -67,6 +67,11 @@ impl Host {
         wait_for("tideoverd", || fdpass::connect_lines(&socket, Deadline::after(LONG)).ok())
     }
 
+    /// Its tideoverd's process.
+    pub(crate) fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().unwrap().0.id()
+    }
+
     /// How its tideoverd ended, if it has.
     pub(crate) fn daemon_ended(&mut self) -> Option<ExitStatus> {
         self.daemon.as_mut()?.ended()

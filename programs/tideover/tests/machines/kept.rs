@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
+use std::time::Instant;
 
 use custody::NoteFile;
 use custody::When;
@@ -227,6 +228,28 @@ fn a_second_daemon_and_one_that_finds_none_to_replace_end() {
     drop(first);
     host.start_daemon(&["--replace"]);
     assert_eq!(wait_for("the third's end", || host.daemon_ended()).code(), Some(1));
+}
+
+#[test]
+fn a_daemon_that_is_stopped_holds_up_no_machine_and_has_it_again_when_it_goes_on() {
+    let host = kept();
+    let made = host.run("web1");
+    let daemon = i32::try_from(host.daemon_pid()).unwrap();
+    let signal = |signal| kill_process(Pid::from_raw(daemon).unwrap(), signal).unwrap();
+    signal(Signal::STOP);
+    let begun = Instant::now();
+    // More than its socket takes.
+    for _ in 0..60 {
+        host.json(&["pause", "web1"]);
+        host.json(&["resume", "web1"]);
+    }
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+    assert_eq!(host.json(&["status", "web1"])["kept"], false);
+    signal(Signal::CONT);
+    await_kept(&host, &["web1"]);
+    kill(&made);
+    assert_eq!(held(&host, "web1")["complete"], false);
+    no_byte_is_lost(&host, "web1");
 }
 
 /// As two daemons could come to start one each, if one is killed at the wrong moment.
