@@ -38,7 +38,7 @@ use crate::sessions::Sessions;
 /// The socket, in the directory of this user's machines. No machine's is called so.
 const SOCKET: &str = "luo-agent.socket";
 /// Peers at a time.
-const MAX_PEERS: usize = 256;
+pub(crate) const MAX_PEERS: usize = 256;
 
 /// Where agents come, in a directory of machines.
 #[must_use]

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use fdpass::Deadline;
+use fdpass::systemd::Manager;
+use fdpass::systemd::Tell;
 use rustix::process::WaitOptions;
-use socket::Program;
 use tracing::info;
 use tracing::warn;
 use vmm::machines;
@@ -21,10 +22,14 @@ use crate::entry::Counts;
 use crate::entry::Entry;
 use crate::entry::Keeping;
 use crate::entry::Means;
+use crate::holders::Holders;
 use crate::limits;
 use crate::metrics::Metrics;
 use crate::replace;
 use crate::watch::Watch;
+
+/// How long the service manager may take to take a message.
+const TELL: Duration = Duration::from_secs(5);
 
 /// What the daemon has.
 pub(crate) struct Daemon {
@@ -33,7 +38,7 @@ pub(crate) struct Daemon {
     pub(crate) counts: Counts,
     pub(crate) files: u64,
     watch: Watch,
-    program: Program,
+    holders: Holders,
     closer: Closer,
 }
 
@@ -57,7 +62,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
         entries: BTreeMap::new(),
         counts: Counts::default(),
         files,
-        program: Program::this().context("cannot find this program")?,
+        holders: Holders::new(cli.holders.as_deref())?,
         closer: Closer::start()?,
         directory,
     };
@@ -67,6 +72,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
     };
     info!(directory = %daemon.directory.display(), files, "keeps machines");
     daemon.look_around();
+    say_ready();
     loop {
         let rang = daemon.wait(&agents, metrics.as_ref())?;
         for rang in rang {
@@ -94,6 +100,20 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
         agents.act(&daemon);
         // Holders that have ended.
         while matches!(rustix::process::wait(WaitOptions::NOHANG), Ok(Some(_))) {}
+    }
+}
+
+/// To the service manager, if this is a service: whoever comes from now on is heard.
+fn say_ready() {
+    let told = Manager::from_environment().and_then(|manager| match manager {
+        Some(manager) => manager.tell(&[Tell::Ready], Deadline::after(TELL)),
+        None => Ok(()),
+    });
+    if let Err(error) = told {
+        warn!(
+            error = &error as &dyn std::error::Error,
+            "the service manager does not hear that this is ready"
+        );
     }
 }
 
@@ -127,7 +147,7 @@ impl Daemon {
         let Some(entry) = self.entries.get_mut(name) else { return };
         let mut means = Means {
             directory: &self.directory,
-            program: &self.program,
+            holders: &self.holders,
             closer: &self.closer,
             counts: &mut self.counts,
         };

@@ -4,7 +4,6 @@ use std::os::fd::AsFd as _;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use custody::Standing;
@@ -13,7 +12,6 @@ use fdpass::Channel;
 use fdpass::ConnectError;
 use fdpass::Deadline;
 use machine::OwnershipState;
-use socket::Program;
 use tracing::debug;
 use tracing::error;
 use tracing::info;
@@ -26,8 +24,8 @@ use vmm::control::OnOom;
 use vmm::control::Request;
 use vmm::machines;
 
-use crate::HOLD;
 use crate::closer::Closer;
+use crate::holders::Holders;
 use crate::remains::Remains;
 
 /// How long a VMM may take to say what it takes to keep its machine: it may be in the midst of an update.
@@ -42,13 +40,13 @@ const AGAIN: Duration = Duration::from_secs(1);
 const START: Duration = Duration::from_secs(60);
 /// How long a machine's socket may take to take a connection: where there is room it does so at once, whatever its VMM does. Meanwhile
 /// nobody else is heard.
-const CONNECT: Duration = Duration::from_millis(2);
+pub(crate) const CONNECT: Duration = Duration::from_millis(2);
 
 /// What entries share.
 #[derive(Debug)]
 pub(crate) struct Means<'a> {
     pub(crate) directory: &'a Path,
-    pub(crate) program: &'a Program,
+    pub(crate) holders: &'a Holders,
     pub(crate) closer: &'a Closer,
     pub(crate) counts: &'a mut Counts,
 }
@@ -70,6 +68,8 @@ pub(crate) struct Entry {
     pub(crate) name: String,
     remains: Option<Remains>,
     link: Link,
+    /// That nobody has it is known since this daemon had it of somebody.
+    died: bool,
 }
 
 /// How this daemon stands with whoever has the machine.
@@ -103,7 +103,7 @@ pub(crate) enum Keeping {
 impl Entry {
     /// A machine that was found.
     pub(crate) fn found(name: String) -> Self {
-        Self { name, remains: None, link: Link::Away(Deadline::after(Duration::ZERO)) }
+        Self { name, remains: None, link: Link::Away(Deadline::after(Duration::ZERO)), died: false }
     }
 
     /// A machine that another daemon had.
@@ -206,6 +206,7 @@ impl Entry {
     fn keep(&mut self, remains: Remains, means: &Means<'_>) {
         let (pid, bytes) = (remains.about.pid, remains.about.bytes);
         info!(name = self.name, pid, bytes, "the machine is kept");
+        self.died = false;
         if let Some(old) = self.remains.replace(remains) {
             means.closer.close(old.into_fds());
         }
@@ -229,8 +230,10 @@ impl Entry {
 
     /// Whoever had the machine is gone, or about to be.
     fn closed(&mut self) {
+        // A holder that could not even begin: the next one may not be able to either.
+        let soon = if let Link::Starting { .. } = self.link { AGAIN } else { Duration::ZERO };
         self.link = match self.remains {
-            Some(_) => Link::Closing { until: Deadline::after(DEATH), next: Deadline::after(Duration::ZERO) },
+            Some(_) => Link::Closing { until: Deadline::after(DEATH), next: Deadline::after(soon) },
             None => Link::Away(Deadline::after(AGAIN)),
         };
     }
@@ -307,8 +310,10 @@ impl Entry {
                 self.away();
             }
             Ok(standing) => {
-                means.counts.deaths += 1;
-                warn!(name = self.name, pid = remains.about.pid, ?standing, "its VMM has died");
+                if !std::mem::replace(&mut self.died, true) {
+                    means.counts.deaths += 1;
+                    warn!(name = self.name, pid = remains.about.pid, ?standing, "its VMM has died");
+                }
                 self.bury(means);
             }
             Err(error) => {
@@ -326,7 +331,7 @@ impl Entry {
             means.counts.dropped += 1;
             return self.forget(means);
         }
-        match start_holder(&self.name, means) {
+        match means.holders.start(&self.name, means.directory) {
             Ok(channel) => {
                 means.counts.holders += 1;
                 self.link = Link::Starting { channel, given: false, until: Deadline::after(START) };
@@ -374,13 +379,6 @@ impl Entry {
 fn ask(channel: Channel) -> anyhow::Result<Channel> {
     channel.require_same_user()?;
     control::send(&channel, &Request::Custody)?;
-    Ok(channel)
-}
-
-fn start_holder(name: &str, means: &Means<'_>) -> anyhow::Result<Channel> {
-    let log = machines::log(means.directory, name)?;
-    let (channel, started) = means.program.start_with([HOLD], Stdio::null(), log.into())?;
-    started.let_go();
     Ok(channel)
 }
 

@@ -11,6 +11,7 @@ mod client;
 mod closer;
 mod daemon;
 mod entry;
+mod holders;
 mod limits;
 mod metrics;
 mod oom;
@@ -58,6 +59,11 @@ struct Cli {
     /// Serve metrics for Prometheus, by HTTP at /metrics of this address and port.
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics: Option<std::net::SocketAddr>,
+    /// Have holders of machines started by who listens at this socket, and not by tideoverd itself: a service manager, which starts
+    /// `tideoverd hold` with each connection as its standard input. So they and the VMMs that they start have none of the limits
+    /// that tideoverd has.
+    #[arg(long, value_name = "SOCKET")]
+    holders: Option<std::path::PathBuf>,
 }
 
 /// The program: what its command line asks for.
@@ -85,7 +91,11 @@ pub fn command() -> clap::Command {
 /// This process is the machine's: it outlives who started it, and no key that is pressed there ends it.
 fn hold() -> anyhow::Result<()> {
     rustix::thread::set_name(c"tideover-hold")?;
-    rustix::process::setsid()?;
+    match rustix::process::setsid() {
+        // A service manager has seen to that.
+        Ok(_) | Err(rustix::io::Errno::PERM) => {}
+        Err(errno) => return Err(errno.into()),
+    }
     vmm::hold()
 }
 

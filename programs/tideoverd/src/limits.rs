@@ -6,8 +6,10 @@ use rustix::process::getrlimit;
 use rustix::process::setrlimit;
 use tracing::warn;
 
-/// Descriptors that are open whatever is kept: log, sockets, and what a moment takes.
-const OWN: u64 = 64;
+use crate::agent::MAX_PEERS;
+
+/// Descriptors that are open whatever is kept: log, sockets, peers, and what a moment takes.
+const OWN: u64 = 64 + MAX_PEERS as u64;
 /// Of a small machine: its connection, its note, two regions and a vCPU.
 const OF_A_MACHINE: u64 = 5;
 /// Machines that there is to be room for.
@@ -31,4 +33,19 @@ pub(crate) fn raise() -> u64 {
         );
     }
     may
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of one with 56 vCPUs, and six regions.
+    const OF_A_LARGE_MACHINE: u64 = 64;
+
+    #[test]
+    fn the_unit_leaves_room_for_so_many_machines_and_large_ones() {
+        let unit = include_str!("../../../dist/systemd/system/tideoverd.service");
+        let limit = unit.lines().find_map(|line| line.strip_prefix("LimitNOFILE=")).unwrap();
+        assert!(limit.parse::<u64>().unwrap() >= OWN + MACHINES * OF_A_LARGE_MACHINE);
+    }
 }

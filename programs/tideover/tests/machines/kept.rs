@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::AsFd as _;
 use std::path::Path;
+use std::process::Command;
 use std::process::Stdio;
 use std::time::Duration;
 use std::time::Instant;
@@ -11,6 +12,7 @@ use custody::NoteFile;
 use custody::When;
 use fdpass::Deadline;
 use fdpass::Lines;
+use fdpass::Listener;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::kill_process;
@@ -200,6 +202,31 @@ fn a_machine_that_ran_on_never_gets_complete_by_any_death_after_that() {
         holder = held_by_another(&host, "web1", &holder["pid"]);
         assert_eq!(holder["complete"], false);
     }
+}
+
+/// As a service manager does, after the first few have ended as soon as they were started.
+#[test]
+fn holders_are_started_by_who_is_asked_to_and_those_that_fail_are_followed_by_others() {
+    let mut host = Host::new();
+    vmm::machines::make(&host.directory).unwrap();
+    let socket = host.directory.join("hold.socket");
+    let listener = Listener::bind(&socket).unwrap();
+    host.start_daemon(&["--holders", socket.to_str().unwrap()]);
+    let mut agent = host.agent();
+    kill(&host.run("web1"));
+    for _ in 0..3 {
+        drop(listener.accept(Deadline::after(PATIENCE)).unwrap());
+    }
+    let connection = listener.accept(Deadline::after(PATIENCE)).unwrap();
+    let mut holder = Command::new(env!("CARGO_BIN_EXE_tideoverd"));
+    holder.arg("hold").env("TIDEOVER_DIR", &host.directory).stdin(connection.into_stdio());
+    let mut holder = holder.stderr(Stdio::null()).spawn().unwrap();
+    assert_eq!(held(&host, "web1")["pid"], holder.id());
+    await_kept(&host, &["web1"]);
+    no_byte_is_lost(&host, "web1");
+    assert_eq!(command(&mut agent, &json!({ "cmd": "STATUS" }))["deaths"], 1);
+    host.json(&["stop", "web1"]);
+    assert!(holder.wait().unwrap().success());
 }
 
 #[test]
