@@ -25,6 +25,7 @@ use crate::entry::Means;
 use crate::holders::Holders;
 use crate::limits;
 use crate::metrics::Metrics;
+use crate::oom::Ends;
 use crate::replace;
 use crate::watch::Watch;
 
@@ -38,6 +39,7 @@ pub(crate) struct Daemon {
     pub(crate) counts: Counts,
     pub(crate) files: u64,
     watch: Watch,
+    ends: Ends,
     holders: Holders,
     closer: Closer,
 }
@@ -46,6 +48,7 @@ pub(crate) struct Daemon {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Rang {
     Directory,
+    Memory,
     Machine(String),
     Agents(usize),
     Metrics,
@@ -59,6 +62,7 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
     let metrics = cli.metrics.map(Metrics::bind).transpose()?;
     let mut daemon = Daemon {
         watch: Watch::start(&directory)?,
+        ends: Ends::start()?,
         entries: BTreeMap::new(),
         counts: Counts::default(),
         files,
@@ -80,6 +84,10 @@ pub(crate) fn run(cli: &Cli) -> anyhow::Result<()> {
                 Rang::Directory => {
                     daemon.watch.heard();
                     daemon.look_around();
+                }
+                Rang::Memory => {
+                    daemon.ends.heard();
+                    daemon.entries.values_mut().for_each(Entry::look_for_want);
                 }
                 Rang::Machine(name) => daemon.with(&name, Entry::hear),
                 Rang::Metrics => {
@@ -120,8 +128,8 @@ fn say_ready() {
 impl Daemon {
     /// Waits until something rings, or is due.
     fn wait(&self, agents: &Agents, metrics: Option<&Metrics>) -> anyhow::Result<Vec<Rang>> {
-        let mut fds: Vec<BorrowedFd<'_>> = vec![self.watch.as_fd()];
-        let mut of = vec![Rang::Directory];
+        let mut fds: Vec<BorrowedFd<'_>> = vec![self.watch.as_fd(), self.ends.as_fd()];
+        let mut of = vec![Rang::Directory, Rang::Memory];
         for (name, entry) in &self.entries {
             if let Some(fd) = entry.fd() {
                 fds.push(fd);
@@ -149,6 +157,7 @@ impl Daemon {
             directory: &self.directory,
             holders: &self.holders,
             closer: &self.closer,
+            ends: &self.ends,
             counts: &mut self.counts,
         };
         act(entry, &mut means);

@@ -26,6 +26,7 @@ use vmm::machines;
 
 use crate::closer::Closer;
 use crate::holders::Holders;
+use crate::oom::Ends;
 use crate::remains::Remains;
 
 /// How long a VMM may take to say what it takes to keep its machine: it may be in the midst of an update.
@@ -48,6 +49,7 @@ pub(crate) struct Means<'a> {
     pub(crate) directory: &'a Path,
     pub(crate) holders: &'a Holders,
     pub(crate) closer: &'a Closer,
+    pub(crate) ends: &'a Ends,
     pub(crate) counts: &'a mut Counts,
 }
 
@@ -206,6 +208,9 @@ impl Entry {
     fn keep(&mut self, remains: Remains, means: &Means<'_>) {
         let (pid, bytes) = (remains.about.pid, remains.about.bytes);
         info!(name = self.name, pid, bytes, "the machine is kept");
+        if let (OnOom::Drop, Some(cgroup)) = (remains.about.on_oom, &remains.about.cgroup) {
+            means.ends.add(cgroup);
+        }
         self.died = false;
         if let Some(old) = self.remains.replace(remains) {
             means.closer.close(old.into_fds());
@@ -236,6 +241,15 @@ impl Entry {
             Some(_) => Link::Closing { until: Deadline::after(DEATH), next: Deadline::after(soon) },
             None => Link::Away(Deadline::after(AGAIN)),
         };
+        // At once: where it was the last process of its cgroup, a service manager takes that away.
+        self.look_for_want();
+    }
+
+    /// A process of some machine's cgroup may have been ended for want of memory.
+    pub(crate) fn look_for_want(&mut self) {
+        if let Some(remains) = self.remains.as_mut().filter(|remains| remains.about.on_oom == OnOom::Drop) {
+            remains.look_for_want();
+        }
     }
 
     /// It is time to look at it.

@@ -3,6 +3,8 @@
 use std::os::fd::AsFd as _;
 use std::os::fd::BorrowedFd;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::Context as _;
 use anyhow::ensure;
@@ -18,6 +20,9 @@ use vmm::control::OnOom;
 
 use crate::oom;
 
+/// How long a process may take from the moment that it is ended until its connections are closed: all of its memory is unmapped before.
+const END: Duration = Duration::from_secs(30);
+
 /// What is here of a machine: the descriptors that its VMM gave, and what it said of them. Its note is in a file, as it is long and
 /// seldom read.
 #[derive(Debug)]
@@ -26,6 +31,8 @@ pub(crate) struct Remains {
     note: NoteFile,
     regions: Vec<OwnedFd>,
     vcpus: Vec<OwnedFd>,
+    /// When a process of its cgroup was last heard to have been ended for want of memory.
+    ran_out: Option<Instant>,
 }
 
 /// The same without the descriptors.
@@ -37,7 +44,7 @@ pub(crate) struct About {
     pub(crate) bytes: u64,
     pub(crate) regions: usize,
     pub(crate) cgroup: Option<String>,
-    /// How often a process of the cgroup had been ended for want of memory when this one gave the machine.
+    /// How often a process of the cgroup had been ended for want of memory, as far as was heard since this one gave the machine.
     pub(crate) oom_kills: Option<u64>,
 }
 
@@ -63,7 +70,7 @@ impl Remains {
             cgroup,
         };
         let note = NoteFile::make(note).context("the machine's note")?;
-        Ok(Self { about, note, regions: fds, vcpus })
+        Ok(Self { about, note, regions: fds, vcpus, ran_out: None })
     }
 
     /// Takes what another daemon has had before: the note, the regions, the vCPUs.
@@ -75,7 +82,7 @@ impl Remains {
         let vcpus = fds.split_off(1 + about.regions);
         let regions = fds.split_off(1);
         let note = NoteFile::from_fd(fds.pop().context("no note came")?)?;
-        Ok(Self { about, note, regions, vcpus })
+        Ok(Self { about, note, regions, vcpus, ran_out: None })
     }
 
     /// The note, the regions, the vCPUs.
@@ -102,10 +109,18 @@ impl Remains {
         Ok(Kept::of(note, copies, self.about.origin)?.standing()?)
     }
 
-    /// A process of its cgroup was ended for want of memory since.
-    pub(crate) fn ran_out_of_memory(&self) -> bool {
+    /// Looks whether a process of its cgroup was ended for want of memory.
+    pub(crate) fn look_for_want(&mut self) {
         let now = oom::kills(self.about.cgroup.as_deref());
-        now.zip(self.about.oom_kills).is_some_and(|(now, then)| now > then)
+        if now.zip(self.about.oom_kills).is_some_and(|(now, then)| now > then) {
+            self.about.oom_kills = now;
+            self.ran_out = Some(Instant::now());
+        }
+    }
+
+    /// A process of its cgroup was ended for want of memory so shortly ago that it can be the one that has ended now.
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        self.ran_out.is_some_and(|at| at.elapsed() < END)
     }
 
     pub(crate) fn into_fds(self) -> Vec<OwnedFd> {
