@@ -18,6 +18,7 @@ use fdpass::Deadline;
 use fdpass::Line;
 use fdpass::LineListener;
 use fdpass::Lines;
+use fdpass::MAX_LINE_BYTES;
 use tracing::debug;
 use tracing::info;
 use tracing::warn;
@@ -39,6 +40,9 @@ use crate::sessions::Sessions;
 const SOCKET: &str = "luo-agent.socket";
 /// Peers at a time.
 pub(crate) const MAX_PEERS: usize = 256;
+
+/// Bytes of a line that names may take: the rest of a status is a fraction of what is left.
+const NAMES: usize = MAX_LINE_BYTES - 1024;
 
 /// Where agents come, in a directory of machines.
 #[must_use]
@@ -244,19 +248,40 @@ impl Agents {
     }
 
     fn status(&self, daemon: &Daemon) -> Event {
-        let names = |keeping| {
+        let mut room = NAMES;
+        let mut names = |keeping| {
             let these = daemon.entries.values().filter(move |entry| entry.keeping() == keeping);
-            these.map(|entry| entry.name.clone()).collect()
+            fitting(these.map(|entry| entry.name.as_str()), &mut room)
         };
+        // Those that need somebody first.
+        let (alone, more_alone) = names(Keeping::Alone);
+        let (kept, more_kept) = names(Keeping::Kept);
         Event::Status {
             version: VERSION,
             pid: process::id(),
-            kept: names(Keeping::Kept),
-            alone: names(Keeping::Alone),
+            kept,
+            alone,
+            more: more_alone + more_kept,
             deaths: daemon.counts.deaths,
             agents: self.sessions.subscribers(),
         }
     }
+}
+
+/// The names for which there is room in a line, which gets less by them, and how many others there are.
+fn fitting<'a>(names: impl Iterator<Item = &'a str>, room: &mut usize) -> (Vec<String>, usize) {
+    let (mut fit, mut more) = (Vec::new(), 0);
+    for name in names {
+        // With its quotes and the comma: no letter of a name is written otherwise in JSON.
+        match room.checked_sub(name.len() + 3) {
+            Some(left) => {
+                *room = left;
+                fit.push(name.to_owned());
+            }
+            None => more += 1,
+        }
+    }
+    (fit, more)
 }
 
 /// What follows a command.
@@ -267,4 +292,24 @@ enum After {
 
 pub(crate) fn tell(lines: &mut Lines, event: &Event, fds: Vec<OwnedFd>) -> anyhow::Result<()> {
     Ok(lines.send(&serde_json::to_vec(event)?, fds)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_of_any_number_of_machines_fits_into_a_line() {
+        let names: Vec<String> = (0..5000).map(|number| format!("{number:0>63}")).collect();
+        let mut room = NAMES;
+        let (alone, more_alone) = fitting(names[..700].iter().map(String::as_str), &mut room);
+        let (kept, more_kept) = fitting(names[700..].iter().map(String::as_str), &mut room);
+        assert_eq!((alone.len(), more_alone), (700, 0));
+        assert_eq!(kept.len() + more_kept, 4300);
+        assert!(kept.len() > 200 && more_kept > 0);
+        let (pid, deaths, agents) = (u32::MAX, u64::MAX, usize::MAX);
+        let more = more_alone + more_kept;
+        let status = Event::Status { version: VERSION, pid, kept, alone, more, deaths, agents };
+        assert!(serde_json::to_vec(&status).unwrap().len() <= MAX_LINE_BYTES);
+    }
 }

@@ -65,6 +65,9 @@ pub(crate) enum Event {
         kept: Vec<String>,
         /// Those that are here and that no process has at the moment.
         alone: Vec<String>,
+        /// How many names there was no room for in the line.
+        #[serde(default)]
+        more: usize,
         /// VMMs that have died since it began.
         deaths: u64,
         /// Agents that have subscribed.
