@@ -1,5 +1,6 @@
 //! The cases.
 
+mod agents;
 mod called_off;
 mod check;
 mod demo;
@@ -12,11 +13,15 @@ mod kills;
 mod linux;
 mod machine;
 mod memfd;
+mod oom;
+mod tideoverd_systemd;
 
 use anyhow::bail;
 
 pub(crate) use self::kexec_systemd::LINGER;
 pub(crate) use self::kexec_systemd::linger;
+pub(crate) use self::oom::HOG;
+pub(crate) use self::oom::hog;
 
 use crate::boot::Life;
 
@@ -35,6 +40,7 @@ pub(crate) enum Then {
 type Case = fn(&Life) -> anyhow::Result<Then>;
 
 const CASES: &[(&str, Case)] = &[
+    ("agents", agents::run),
     ("check", check::run),
     ("demo", demo::run),
     ("device", device::run),
@@ -51,6 +57,8 @@ const CASES: &[(&str, Case)] = &[
     ("linux", linux::run),
     ("machine", machine::run),
     ("memfd", memfd::run),
+    ("oom", oom::run),
+    ("tideoverd-systemd", tideoverd_systemd::run),
 ];
 
 pub(crate) fn find(name: &str) -> anyhow::Result<Case> {

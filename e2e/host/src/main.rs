@@ -7,6 +7,7 @@
 
 mod boot;
 mod cases;
+mod daemon;
 mod linux;
 mod roles;
 mod tideover;
@@ -25,6 +26,9 @@ fn main() -> ExitCode {
     }
     if std::env::args().nth(1).is_some_and(|word| word == cases::LINGER) {
         return cases::linger();
+    }
+    if std::env::args().nth(1).is_some_and(|word| word == cases::HOG) {
+        return cases::hog();
     }
     if std::process::id() != 1 && !boot::has_service_manager() {
         eprintln!(

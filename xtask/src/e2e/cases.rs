@@ -49,6 +49,7 @@ impl Case {
 }
 
 pub(crate) const CASES: &[Case] = &[
+    Case::new("agents", "agents of tideoverd, and a machine that it keeps, live through a kernel", 1024, 300),
     Case::new("check", "what check finds, before and after a kexec", 1024, 240),
     Case::new("demo", "the demo by both carriers (updates=2)", 1024, 120),
     Case::new("device", "what /dev/liveupdate answers", 768, 60).in_ci(),
@@ -69,6 +70,9 @@ pub(crate) const CASES: &[Case] = &[
         .with_disk(),
     Case::new("machine", "a machine is updated by both carriers", 1024, 120).in_ci(),
     Case::new("memfd", "a memory file lives through two kernels", 768, 180).in_ci(),
+    Case::new("oom", "VMMs whose memory runs out: what tideoverd keeps of their machines", 1024, 300),
+    Case::new("tideoverd-systemd", "tideoverd as a service of systemd, and what outlives it", 1024, 420)
+        .with_systemd(),
 ];
 
 /// The cases as a table.

@@ -19,6 +19,7 @@ use crate::cargo::Workspace;
 const INIT: (&str, &str) = ("tideover-e2e-host", "e2e-init");
 const GUEST_INIT: (&str, &str) = ("tideover-e2e-guest", "e2e-guest");
 const COMMAND: (&str, &str) = ("tideover", "tideover");
+const DAEMON: (&str, &str) = ("tideover", "tideoverd");
 /// Where the kernel is in the hosts, and the file system of their Linux guests, which have the same kernel.
 const KERNEL: &str = "/boot/kernel";
 const GUEST: &str = "/boot/guest.cpio";
@@ -34,14 +35,15 @@ pub(crate) fn make(kernel: &Path) -> Result<PathBuf> {
     let workspace = Workspace::read()?;
     let mut build = cargo::command();
     build.args(["build", "--release", "--quiet"]);
-    for (package, program) in [INIT, GUEST_INIT, COMMAND] {
+    for (package, program) in [INIT, GUEST_INIT, COMMAND, DAEMON] {
         build.args(["--package", package, "--bin", program]);
     }
     ensure!(build.status().context("cargo cannot be run")?.success(), "the hosts' programs cannot be built");
     let built = workspace.target_directory.join("release");
     let guest = workspace.target_directory.join("e2e-guest.cpio");
     system(&["/dev"], &[(built.join(GUEST_INIT.1), "/init")], &[])?.write(&guest)?;
-    let programs = [(built.join(INIT.1), "/init"), (built.join(COMMAND.1), "/bin/tideover")];
+    let programs = [(INIT, "/init"), (COMMAND, "/bin/tideover"), (DAEMON, "/bin/tideoverd")]
+        .map(|((_, name), at)| (built.join(name), at));
     let image = workspace.target_directory.join("e2e.cpio");
     system(&FOLDERS, &programs, &[(kernel, KERNEL), (&guest, GUEST)])?.write(&image)?;
     Ok(image)

@@ -61,7 +61,7 @@ const FILES: [(&str, &str); 5] = [
 /// The case, and what lingers when it ends.
 const CASE: &str = "\
 [Unit]
-After=tideover-resume.service
+After=tideover-resume.service tideoverd.service
 [Service]
 StandardOutput=tty
 StandardError=tty
@@ -74,18 +74,22 @@ ExecStart=/usr/bin/e2e-init
 ExecStop=/usr/bin/e2e-init linger
 ";
 /// Units that are started, and by what.
-const WANTED: [(&str, &str, &str); 2] = [
+const WANTED: [(&str, &str, &str); 3] = [
     ("multi-user.target", "e2e.service", "/etc/systemd/system/e2e.service"),
     ("sysinit.target", "tideover-resume.service", "/usr/lib/systemd/system/tideover-resume.service"),
+    ("sysinit.target", "tideoverd.service", "/usr/lib/systemd/system/tideoverd.service"),
 ];
 /// In the units' own folders.
-const DIST: [(&str, &str); 4] = [
+const DIST: [(&str, &str); 7] = [
     ("system/tideover@.service", "usr/lib/systemd/system/tideover@.service"),
     (
         "system/tideover@.service.d/preserve.conf",
         "usr/lib/systemd/system/tideover@failed.service.d/preserve.conf",
     ),
     ("system/tideover-resume.service", "usr/lib/systemd/system/tideover-resume.service"),
+    ("system/tideoverd.service", "usr/lib/systemd/system/tideoverd.service"),
+    ("system/tideover-hold.socket", "usr/lib/systemd/system/tideover-hold.socket"),
+    ("system/tideover-hold@.service", "usr/lib/systemd/system/tideover-hold@.service"),
     ("system-shutdown/tideover", "usr/lib/systemd/system-shutdown/tideover"),
 ];
 const DISK_MIB: u32 = 160;
@@ -123,7 +127,7 @@ pub(super) fn make(kernel: &Path) -> Result<PathBuf> {
         fs::copy(dist.join(from), root.join(at)).with_context(|| format!("cannot copy {from}"))?;
     }
     let built = workspace.target_directory.join("release");
-    for program in ["e2e-init", "tideover"] {
+    for program in ["e2e-init", "tideover", "tideoverd"] {
         fs::copy(image::stripped(&built.join(program))?, root.join("usr/bin").join(program))?;
     }
     fs::copy(kernel, root.join("boot/kernel"))?;

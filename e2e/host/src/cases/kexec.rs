@@ -74,7 +74,7 @@ impl Plan<'_> {
 }
 
 /// The verb that has the command boot the next life, at once.
-fn verb(next: &Next) -> anyhow::Result<Vec<&str>> {
+pub(super) fn verb(next: &Next) -> anyhow::Result<Vec<&str>> {
     Ok([&orderly(next)?[..], &["--now"]].concat())
 }
 
@@ -106,7 +106,7 @@ pub(crate) fn refused(life: &Life, words: &str) -> anyhow::Result<()> {
 }
 
 /// All machines are back, and what they tell of it.
-fn arrive(life: &Life, names: &[String]) -> anyhow::Result<()> {
+pub(super) fn arrive(life: &Life, names: &[String]) -> anyhow::Result<()> {
     let reports = tideover::json(&["resume", "--all"])?;
     let reports = reports.as_array().context("no list of reports")?;
     let came = reports.len();

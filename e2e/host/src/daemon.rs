@@ -1,0 +1,85 @@
+//! tideoverd, and those that come to its socket.
+
+use std::fs::DirBuilder;
+use std::fs::OpenOptions;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
+use std::process::Child;
+use std::process::Command;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use anyhow::ensure;
+use fdpass::Deadline;
+use fdpass::Line;
+use fdpass::Lines;
+use serde_json::Value;
+use serde_json::json;
+
+use crate::tideover;
+use crate::tideover::DIRECTORY;
+use crate::tideover::PATIENCE;
+
+const PROGRAM: &str = "/bin/tideoverd";
+const SOCKET: &str = "luo-agent.socket";
+
+/// A tideoverd that ends with this.
+pub(crate) struct Daemon(Child);
+
+impl Daemon {
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        DirBuilder::new().mode(0o700).recursive(true).create(DIRECTORY)?;
+        let path = Path::new(DIRECTORY).join("tideoverd.log");
+        let log = OpenOptions::new().create(true).append(true).open(path)?;
+        let mut command = Command::new(PROGRAM);
+        command.env("TIDEOVER_DIR", DIRECTORY).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let daemon = Self(command.spawn().with_context(|| format!("cannot run {PROGRAM}"))?);
+        tideover::wait_for("tideoverd", PATIENCE, || Ok(Peer::connect().ok()))?;
+        Ok(daemon)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A connection to it.
+pub(crate) struct Peer(Lines);
+
+impl Peer {
+    pub(crate) fn connect() -> anyhow::Result<Self> {
+        Ok(Self(fdpass::connect_lines(&Path::new(DIRECTORY).join(SOCKET), Deadline::after(PATIENCE))?))
+    }
+
+    pub(crate) fn say(&mut self, command: &Value) -> anyhow::Result<()> {
+        Ok(self.0.send(&serde_json::to_vec(command)?, Vec::new())?)
+    }
+
+    /// The next event, with its descriptors.
+    pub(crate) fn hear(&mut self, patience: Duration) -> anyhow::Result<(Value, Vec<OwnedFd>)> {
+        let mut came = self.0.receive_some(Deadline::after(patience))?;
+        ensure!(came.len() == 1, "{} events at once", came.len());
+        let Line { bytes, fds } = came.remove(0);
+        Ok((serde_json::from_slice(&bytes)?, fds))
+    }
+
+    pub(crate) fn ask(&mut self, command: &Value) -> anyhow::Result<(Value, Vec<OwnedFd>)> {
+        self.say(command)?;
+        self.hear(PATIENCE)
+    }
+}
+
+/// Waits until it says so of itself, and gives that.
+pub(crate) fn await_status(what: &str, is_so: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+    let mut peer = Peer::connect()?;
+    tideover::wait_for(what, PATIENCE, || {
+        let (status, _) = peer.ask(&json!({ "cmd": "STATUS" }))?;
+        Ok(is_so(&status).then_some(status))
+    })
+}
