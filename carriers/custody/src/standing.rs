@@ -58,10 +58,12 @@ pub enum CustodyError {
 }
 
 impl CustodyError {
-    /// Somebody else was faster: the machine runs.
+    /// Somebody else was faster: the machine runs, or was sealed by a process that has run it since.
     #[must_use]
     pub fn is_lost(&self) -> bool {
-        matches!(self, Self::Revoke(OwnershipError::Lost(lost)) if lost.found.state() == OwnershipState::Running)
+        let is_owned =
+            |word: OwnershipWord| matches!(word.state(), OwnershipState::Running | OwnershipState::Sealed);
+        matches!(self, Self::Revoke(OwnershipError::Lost(lost)) if is_owned(lost.found))
     }
 }
 
@@ -78,6 +80,13 @@ pub enum Standing {
 }
 
 impl Standing {
+    /// A process has the machine, and lives: it runs it, or has sealed it itself and can take it back.
+    pub fn runs(self) -> bool {
+        let owned =
+            |word: OwnershipWord| matches!(word.state(), OwnershipState::Running | OwnershipState::Sealed);
+        matches!(self, Self::Taken(word) if owned(word))
+    }
+
     /// The word.
     pub fn word(self) -> OwnershipWord {
         match self {

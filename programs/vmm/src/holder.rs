@@ -312,7 +312,7 @@ impl Holder {
                 self.run(Way { left, alone: Alone::RunOn })?.and_then(|(_, report)| report)
             }
             // Of a holder before this one.
-            Standing::Taken(word) if word.state() == OwnershipState::Running => None,
+            standing if standing.runs() => None,
             standing => bail!("{}", stands(self.kept()?, standing)),
         };
         Ok(Answer::Report(report.map(Box::new)))
@@ -366,7 +366,7 @@ impl Holder {
         };
         start::run(kept, way.left, vmm).map(Some).or_else(|error| match kept.standing() {
             // It has the machine, though it could not say so.
-            Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running => Ok(None),
+            Ok(standing) if standing.runs() => Ok(None),
             Ok(Standing::Ready(_)) | Err(_) => Err(error),
             Ok(standing) => Err(error.context(stands(kept, standing))),
         })
@@ -533,7 +533,7 @@ pub(crate) fn stands(kept: &Kept, standing: Standing) -> String {
 
 /// A process runs the machine, and lives.
 fn runs(kept: &Kept) -> bool {
-    matches!(kept.standing(), Ok(Standing::Taken(word)) if word.state() == OwnershipState::Running)
+    kept.standing().is_ok_and(Standing::runs)
 }
 
 /// Waits until a holder that was started is on its own: nobody ends it by ending who started it, from then on.

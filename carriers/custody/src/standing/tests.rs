@@ -130,6 +130,7 @@ fn a_machine_is_its_claimant_s_until_that_dies() {
     let claimed = left.claim(epoch);
     let Standing::Taken(word) = left.standing() else { panic!("{:?}", left.standing()) };
     assert_eq!(word.state(), OwnershipState::Claimed);
+    assert!(!left.standing().runs());
     drop(claimed);
     assert_eq!(left.ready(), word);
     let machine = left.attach().claim_again(word).unwrap().run().unwrap();
@@ -145,7 +146,12 @@ fn a_claim_that_was_revoked_runs_nothing_and_the_next_one_does() {
     let late = left.claim(epoch);
     left.kept.revoke(was).unwrap();
     late.run().unwrap_err();
-    let machine = left.attach().claim_again(left.ready()).unwrap().run().unwrap();
+    let mut machine = left.attach().claim_again(left.ready()).unwrap().run().unwrap();
+    let error = left.kept.revoke(was).unwrap_err();
+    assert!(error.is_lost(), "{error:?}");
+    assert_eq!(left.standing(), Standing::Taken(machine.word()));
+    // It is at rest: sealed by the process that has it.
+    seal(&mut machine);
     let error = left.kept.revoke(was).unwrap_err();
     assert!(error.is_lost(), "{error:?}");
     assert_eq!(left.standing(), Standing::Taken(machine.word()));
@@ -167,8 +173,10 @@ fn a_machine_whose_vmm_died_is_ready_if_it_was_sealed_and_has_no_state_if_it_ran
     let mut running = machine();
     let left = after_death_of(&running);
     assert_eq!(left.standing(), Standing::Taken(running.word()));
+    assert!(left.standing().runs());
     let epoch = seal(&mut running);
     assert_eq!(left.standing(), Standing::Taken(running.word()), "it may be taken back");
+    assert!(left.standing().runs(), "a paused machine is sealed by the process that has it");
     drop(running);
     // Whoever claims it, however often, and dies: it is as it was sealed.
     drop(left.claim(epoch));

@@ -69,7 +69,7 @@ impl One {
             sealed: None,
         };
         let (pid, origin, on_oom) = (process::id(), Origin::LeftBehind, OnOom::Keep);
-        let custody = Custody { note, vcpus: 1, pid, origin, on_oom };
+        let custody = Custody { note, vcpus: 1, pid, origin, on_oom, stored: false };
         let fds: Vec<BorrowedFd<'_>> = machine.regions().map(Region::as_fd).chain([vcpu.as_fd()]).collect();
         control::send_with(channel, &Answer::Custody(Box::new(custody)), &fds)
     }
