@@ -156,7 +156,7 @@ impl Course {
             let after = self.aftermath(machine, chosen, &before)?;
             let is_alive = matches!(after.outcome, Outcome::WentThrough | Outcome::RolledBack);
             // It was too short to get there.
-            let again = is_alive && self.struck.is_empty() && matches!(chosen.when, When::At { .. });
+            let again = is_alive && self.kills + self.stops == 0 && matches!(chosen.when, When::At { .. });
             found = Some(after);
             if !again {
                 break;
@@ -178,9 +178,11 @@ impl Course {
         self.successor = None;
         let passed = if chosen.starts { None } else { Some(machine.start_successor()?) };
         let (successor, channel) = passed.unzip();
-        self.successor = successor;
+        self.successor = successor.flatten();
         let asked = Instant::now();
-        machine.send(&request(chosen, patience)?, channel.as_ref())?;
+        // A successor may have killed its predecessor by now: nobody is there to answer then, which is heard below.
+        let sent = machine.send(&request(chosen, patience)?, channel.as_ref());
+        ensure!(sent.is_ok() || chosen.whom != Whom::Itself, "nobody can be asked: {sent:?}");
         drop(channel);
         let before = Before { word, owner, ticks, asked };
         self.follow(machine, chosen, patience, &before)?;
@@ -256,7 +258,7 @@ impl Course {
             return Ok(());
         };
         // At its start a process tells of itself twice: as such, and where it comes to grief.
-        if (event.actor, event.place) != (actor, place) || !self.struck.is_empty() {
+        if (event.actor, event.place) != (actor, place) || self.kills + self.stops > 0 {
             return Ok(());
         }
         let others = matches!(chosen.whom, Whom::Predecessor | Whom::Both).then_some(before.owner.pid);
@@ -325,6 +327,9 @@ impl Course {
 
     /// The truth, from outside.
     fn aftermath(&mut self, machine: &mut Machine, chosen: &Try, before: &Before) -> anyhow::Result<Found> {
+        for event in machine.events() {
+            self.hear(chosen, before, event)?;
+        }
         self.bury(chosen)?;
         self.owners = self.look_who_runs(machine)?;
         let mut limit = Limit::new();
@@ -385,7 +390,7 @@ impl Course {
     ) -> anyhow::Result<Found> {
         self.memory = machine.witness.compare()?;
         let is_meant = match chosen.loses() {
-            Some(loses) => loses && !self.struck.is_empty(),
+            Some(loses) => loses && self.kills > 0,
             None => self.may_be_lost(chosen, before, word),
         };
         if is_meant {

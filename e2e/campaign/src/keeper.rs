@@ -15,8 +15,6 @@ use anyhow::bail;
 use anyhow::ensure;
 use fdpass::Deadline;
 use rustix::process::Signal;
-use serde_json::Value;
-use serde_json::json;
 use vmm::Picture;
 use vmm::control::Answer;
 use vmm::control::CheckReport;
@@ -74,20 +72,17 @@ impl Keeper {
     /// # Errors
     /// If that takes too long.
     pub fn await_kept(&self) -> anyhow::Result<()> {
-        let socket = tideoverd::socket(self.folder.path());
-        let until = Deadline::after(ANSWER);
-        let mut lines = loop {
-            match fdpass::connect_lines(&socket, until) {
-                Ok(lines) => break lines,
-                Err(error) => ensure!(!until.has_passed(), "cannot reach tideoverd: {error}"),
+        let begun = Instant::now();
+        loop {
+            // One that was just started does not listen yet.
+            if let Some(client) = tideoverd::Client::connect(self.folder.path())? {
+                let is_kept = client.await_kept(&self.name, ANSWER)?;
+                ensure!(is_kept, "tideoverd does not keep the machine");
+                return Ok(());
             }
+            ensure!(begun.elapsed() < ANSWER, "cannot reach tideoverd");
             thread::sleep(AGAIN);
-        };
-        lines.send(&serde_json::to_vec(&json!({ "cmd": "KEEP", "id": self.name }))?, Vec::new())?;
-        let came = lines.receive_some(until).context("tideoverd does not say that it keeps the machine")?;
-        let event: Value = serde_json::from_slice(&came.first().context("tideoverd says nothing")?.bytes)?;
-        ensure!(event["event"] == "KEPT", "unexpected word of tideoverd: {event}");
-        Ok(())
+        }
     }
 
     /// A connection to whoever answers for the machine.

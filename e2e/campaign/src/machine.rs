@@ -125,18 +125,18 @@ impl Machine {
         format!("{}={}", role::FOLDER, self.folder.path().display())
     }
 
-    /// Starts a successor, and gives it with the channel to it.
+    /// Starts a successor, and gives it with the channel to it. One that comes to grief at its start may be gone already.
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start_successor(&self) -> anyhow::Result<(Process, Channel)> {
+    pub fn start_successor(&self) -> anyhow::Result<(Option<Process>, Channel)> {
         let (ours, theirs) = Channel::pair()?;
         let group = i32::try_from(self.group)?;
         let mut command = command(&self.folder, role::SUCCEED)?;
         // A machine that was recovered has left its group.
         let group = if self.keeper.is_some() { 0 } else { group };
         let child = command.stdin(Stdio::from(theirs.into_stdio())).process_group(group).spawn()?;
-        Ok((Process::open(child.id())?, ours))
+        Ok((Process::open(child.id()).ok(), ours))
     }
 
     /// Asks for something, and sends a channel along.
