@@ -1,5 +1,6 @@
 //! tideoverd, and those that come to its socket.
 
+use std::collections::VecDeque;
 use std::fs::DirBuilder;
 use std::fs::OpenOptions;
 use std::os::fd::OwnedFd;
@@ -11,7 +12,6 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use anyhow::ensure;
 use fdpass::Deadline;
 use fdpass::Line;
 use fdpass::Lines;
@@ -49,23 +49,29 @@ impl Drop for Daemon {
     }
 }
 
-/// A connection to it.
-pub(crate) struct Peer(Lines);
+/// A connection to it, and what has come and is not heard yet.
+pub(crate) struct Peer {
+    lines: Lines,
+    came: VecDeque<Line>,
+}
 
 impl Peer {
     pub(crate) fn connect() -> anyhow::Result<Self> {
-        Ok(Self(fdpass::connect_lines(&Path::new(DIRECTORY).join(SOCKET), Deadline::after(PATIENCE))?))
+        let socket = Path::new(DIRECTORY).join(SOCKET);
+        let lines = fdpass::connect_lines(&socket, Deadline::after(PATIENCE))?;
+        Ok(Self { lines, came: VecDeque::new() })
     }
 
     pub(crate) fn say(&mut self, command: &Value) -> anyhow::Result<()> {
-        Ok(self.0.send(&serde_json::to_vec(command)?, Vec::new())?)
+        Ok(self.lines.send(&serde_json::to_vec(command)?, Vec::new())?)
     }
 
     /// The next event, with its descriptors.
     pub(crate) fn hear(&mut self, patience: Duration) -> anyhow::Result<(Value, Vec<OwnedFd>)> {
-        let mut came = self.0.receive_some(Deadline::after(patience))?;
-        ensure!(came.len() == 1, "{} events at once", came.len());
-        let Line { bytes, fds } = came.remove(0);
+        if self.came.is_empty() {
+            self.came.extend(self.lines.receive_some(Deadline::after(patience))?);
+        }
+        let Line { bytes, fds } = self.came.pop_front().context("tideoverd says nothing")?;
         Ok((serde_json::from_slice(&bytes)?, fds))
     }
 

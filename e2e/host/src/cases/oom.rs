@@ -163,7 +163,8 @@ fn is_given_back() -> anyhow::Result<()> {
         Ok((machine.charged()? < NOTHING).then_some(()))
     })?;
     daemon::await_status("no machine", |status| status["kept"] == json!([]) && status["alone"] == json!([]))?;
-    ensure!(machine.listed()?.is_none(), "{:?}", machine.listed()?);
+    // Its socket is all that is left of it.
+    ensure!(machine.listed()?.is_none_or(|listed| listed["state"] == "dead"), "{:?}", machine.listed()?);
     machine.limit(ENOUGH)?;
     // Its name is free, and another one is another machine.
     tideover::run(&["run", machine.name, "--memory", "8MiB"])?;
