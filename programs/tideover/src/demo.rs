@@ -55,7 +55,7 @@ pub(crate) struct Result {
 }
 
 pub(crate) fn demo(arguments: &cli::Demo) -> anyhow::Result<ExitCode> {
-    let spec = first_vmm::spec("demo", &arguments.hardware)?;
+    let spec = first_vmm::spec("demo", &arguments.hardware, true)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut vmm = FirstVmm::start(&program, &spec, &[], false, None)?;
     let result = run(arguments, &vmm, &program).map_err(|error| vmm.explain(error))?;

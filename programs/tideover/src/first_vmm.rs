@@ -27,10 +27,12 @@ use crate::progress::Bar;
 use crate::size;
 
 /// The machine that was asked for; what this host cannot have is refused here.
-pub(crate) fn spec(name: &str, hardware: &cli::Hardware) -> anyhow::Result<MachineSpec> {
+pub(crate) fn spec(name: &str, hardware: &cli::Hardware, is_new: bool) -> anyhow::Result<MachineSpec> {
     let guest = choose_guest(hardware.guest)?;
-    check_vcpus(hardware.vcpus)?;
-    check_memory(hardware.memory)?;
+    if is_new {
+        check_vcpus(hardware.vcpus)?;
+        check_memory(hardware.memory)?;
+    }
     let (store, pages) = memory(hardware.store, hardware.page_size)?;
     let (prefault, vcpus) = (!hardware.on_demand, hardware.vcpus);
     Ok(MachineSpec { store, pages, prefault, vcpus, ..MachineSpec::new(name, hardware.memory, guest) })

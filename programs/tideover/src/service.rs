@@ -39,7 +39,10 @@ pub(crate) fn service(arguments: &cli::Service) -> anyhow::Result<ExitCode> {
 
 fn run(arguments: &cli::ServiceRun) -> anyhow::Result<ExitCode> {
     rustix::thread::set_name(c"tideover-vmm").context("cannot take a name")?;
-    let spec = verbs::spec(&arguments.new)?;
+    // What the store has, or a VMM that is left over, takes this host's memory already.
+    let name = &arguments.new.name;
+    let is_new = !fdpass::systemd::has_passed() && machines::connect(name).is_err();
+    let spec = verbs::spec(&arguments.new, is_new)?;
     let allowed = arguments.new.allow_program.iter().cloned();
     let programs = [Program::this_path()?].into_iter().chain(allowed).collect();
     ::vmm::serve_unit(&spec, programs)?;

@@ -168,7 +168,7 @@ pub(crate) fn run(arguments: &Run) -> anyhow::Result<ExitCode> {
     if machines::connect(name).is_ok() {
         bail!("there is a machine {name} already: stop it first, or take another name");
     }
-    let spec = MachineSpec { through_kexec: arguments.through_kexec, ..spec(new)? };
+    let spec = MachineSpec { through_kexec: arguments.through_kexec, ..spec(new, true)? };
     let file = machines::log(&machines::make_directory()?, name)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let bar = Bar::new();
@@ -212,10 +212,10 @@ fn await_kept(directory: &Path, name: &str, bar: &Bar) -> bool {
 }
 
 /// The machine that is asked for, with a control socket in the directory of this user's machines; what this host cannot have is
-/// refused here.
-pub(crate) fn spec(arguments: &NewMachine) -> anyhow::Result<MachineSpec> {
+/// refused here, unless the machine is there already: it has what it asks for.
+pub(crate) fn spec(arguments: &NewMachine, is_new: bool) -> anyhow::Result<MachineSpec> {
     machines::check_name(&arguments.name)?;
-    let spec = first_vmm::spec(&arguments.name, &arguments.hardware)?;
+    let spec = first_vmm::spec(&arguments.name, &arguments.hardware, is_new)?;
     check_kernel(arguments, &spec)?;
     let directory = machines::make_directory()?;
     Ok(MachineSpec {

@@ -24,7 +24,6 @@ use fdpass::systemd::Tell;
 use fdstore::Deposit;
 use fdstore::Found;
 use liveupdate::moment;
-use liveupdate::moment::Moment;
 use liveupdate::moment::TscRate;
 use machine::update::Step;
 use machine::update::Timeline;
@@ -60,6 +59,8 @@ use crate::serve::Told;
 use crate::serve::Vmm;
 use crate::successor;
 
+/// What the manager shows of a unit whose guest runs.
+const RUNS: &str = "the guest runs";
 /// How long the manager may take to hear.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a VMM that is there may take to say how it is, and one that is gone to be so.
@@ -72,8 +73,19 @@ const LOOK: Duration = Duration::from_millis(1);
 pub(crate) struct Restart {
     /// The process that the machine leaves.
     by: u32,
-    /// When what was done.
+    /// When it did what.
     when: When,
+    #[serde(default)]
+    begun: Begun,
+}
+
+/// When the next process began, in nanoseconds of the monotonic clock. It measures no other clock for that: the guest waits.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+struct Begun {
+    /// When it was made, as exactly as the kernel tells.
+    started_ns: Option<u64>,
+    /// When it had been loaded.
+    taken_ns: Option<u64>,
 }
 
 /// Parts of a restart: what each is called, and what it goes on to.
@@ -95,8 +107,13 @@ impl Restart {
     pub(crate) fn report(&self, timeline: &Timeline, seen: &measure::Told) -> UpdateReport {
         let at = |what: &str| {
             let by_step = Step::named(what).and_then(|step| timeline.at_ns(step));
-            let entered = seen.entered_ns.filter(|_| what == "entered");
-            by_step.or(entered).or_else(|| self.when.at(what).map(|moment| moment.monotonic_ns))
+            let of_process = match what {
+                "started" => self.begun.started_ns,
+                "taken" => self.begun.taken_ns,
+                "entered" => seen.entered_ns,
+                _ => None,
+            };
+            by_step.or(of_process).or_else(|| self.when.at(what).map(|moment| moment.monotonic_ns))
         };
         let mut from = at("stopped");
         let mut phases_us = std::collections::BTreeMap::new();
@@ -129,8 +146,7 @@ impl Restart {
 /// If there is no service manager or it does not keep the machine's memory; if the machine cannot be made, or its guest is
 /// lost.
 pub fn serve_unit(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<()> {
-    let mut when = When::default();
-    note_start(&mut when);
+    let begun = begun();
     let manager = manager()?;
     let found = fdstore::take(&spec.name)?;
     if spec.confine != Confine::No {
@@ -139,14 +155,13 @@ pub fn serve_unit(spec: &MachineSpec, programs: Vec<PathBuf>) -> anyhow::Result<
     let vmm = match (living(spec)?, found.is_none()) {
         (Some(client), _) => join(client, &found)?,
         (None, true) => make(spec, programs, manager)?,
-        (None, false) => match take_over(spec, &found, when) {
+        (None, false) => match take_over(spec, &found, begun) {
             Ok(vmm) => vmm,
             Err(why) => return hold(spec, &found, &format!("{why:#}")),
         },
     };
-    let said = Manager::from_environment()?.map(|manager| {
-        manager.tell(&[Tell::Status("the guest runs"), Tell::Ready], Deadline::after(PATIENCE))
-    });
+    let said = Manager::from_environment()?
+        .map(|manager| manager.tell(&[Tell::Status(RUNS), Tell::Ready], Deadline::after(PATIENCE)));
     if let Some(Err(error)) = said {
         warn!(error = &error as &dyn std::error::Error, "the service manager is not told");
     }
@@ -158,13 +173,9 @@ fn manager() -> anyhow::Result<Manager> {
     Manager::from_environment()?.context(none)
 }
 
-/// When this process began, and when it got here.
-fn note_start(when: &mut When) {
-    let (Ok(now), Ok(rate)) = (Moment::now(), TscRate::measure()) else { return };
-    if let Ok(started_ns) = moment::process_start_ns(process::id()) {
-        when.note("started", &now.at_monotonic(started_ns.min(now.monotonic_ns), &rate));
-    }
-    when.note("taken", &now);
+/// When this process began, and when it got here, on the monotonic clock.
+fn begun() -> Begun {
+    Begun { started_ns: moment::process_start_ns(process::id()).ok(), taken_ns: Some(monotonic_ns()) }
 }
 
 /// Makes the machine, and has its memory kept before its guest runs.
@@ -255,7 +266,7 @@ fn is_stored(status: &Status) -> anyhow::Result<bool> {
 }
 
 /// Takes the machine over that the service's last process has left in the store.
-fn take_over(spec: &MachineSpec, found: &Found, when: When) -> anyhow::Result<Vmm> {
+fn take_over(spec: &MachineSpec, found: &Found, begun: Begun) -> anyhow::Result<Vmm> {
     let stored = found.told();
     let kept = found.keep()?;
     let left = match settled(&kept)? {
@@ -271,7 +282,8 @@ fn take_over(spec: &MachineSpec, found: &Found, when: When) -> anyhow::Result<Vm
     told.stored = Some(stored);
     match (&mut told.restart, &kept.note().sealed) {
         (Some(restart), Some(sealed)) => {
-            [&sealed.when, &when].into_iter().for_each(|when| restart.when.extend(when));
+            restart.when.extend(&sealed.when);
+            restart.begun = begun;
         }
         // Its VMM has died while it was sealed.
         _ => (told.alone, told.restart) = (Some(Alone::RunOn), None),
@@ -366,7 +378,8 @@ pub(crate) fn tell_main_process() {
     let deadline = Deadline::after(PATIENCE);
     let told = Manager::from_environment().and_then(|manager| {
         let Some(manager) = manager else { return Ok(()) };
-        manager.tell(&[Tell::MainPid(process::id())], deadline)?;
+        // One that held the machine may have said otherwise.
+        manager.tell(&[Tell::MainPid(process::id()), Tell::Status(RUNS)], deadline)?;
         manager.await_done(deadline)
     });
     if let Err(error) = told {
@@ -442,7 +455,7 @@ impl Vmm {
             return Ok(Err(anyhow!("the VMM is no service: there is nobody to leave the machine with")));
         }
         let ready = || -> anyhow::Result<_> {
-            let restart = Some(Restart { by: process::id(), when: When::default() });
+            let restart = Some(Restart { by: process::id(), when: When::default(), begun: Begun::default() });
             let offer = self.leave_offer(|told| Told { restart, ..told })?;
             Ok((offer, TscRate::measure().context("cannot tell how fast the host's TSC runs")?))
         };

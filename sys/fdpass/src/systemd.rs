@@ -341,6 +341,12 @@ pub enum PassedError {
     },
 }
 
+/// Whether the manager passed descriptors to this process, taken or not.
+pub fn has_passed() -> bool {
+    let [pid, number, _] = PASSED.map(|name| env::var(name).unwrap_or_default());
+    pid == std::process::id().to_string() && number != "0"
+}
+
 static TAKEN: AtomicBool = AtomicBool::new(false);
 
 /// Takes the descriptors that the manager passed to this process, each with its name: those in the store, and sockets of the

@@ -300,6 +300,8 @@ fn a_machine_whose_vmm_dies_is_held_until_it_is_recovered() {
     let status = service.status();
     assert_eq!((&status["identity"], &status["recoveries"]), (&made["identity"], &1.into()));
     assert_eq!(service.told(&format!("MAINPID={}", status["pid"])), 1);
+    let said = service.manager.told().into_iter().rfind(|told| told.starts_with("STATUS="));
+    assert_eq!(said.as_deref(), Some("STATUS=the guest runs"));
     assert!(matches!(service.ask(&Request::Park).unwrap(), Answer::Sealed(_)));
     service.start();
     service.is_sound();
