@@ -26,7 +26,7 @@ const TICKS: u64 = 200;
 const ANY: &str = "unlimited";
 
 pub(crate) fn run(_: &Life) -> anyhow::Result<Then> {
-    systemctl(&["is-active", UNIT])?;
+    is_active()?;
     for name in ["held", "runs"] {
         let begun = tideover::json(&["run", name, "--memory", "16MiB"])?;
         ensure!(begun["guest"] == "kvm" && begun["kept"] == true, "{begun}");
@@ -45,6 +45,23 @@ pub(crate) fn run(_: &Life) -> anyhow::Result<Then> {
     }
     await_kept(&[], &[])?;
     Ok(Then::End)
+}
+
+/// If it is not, what its service manager and itself say of it is told.
+fn is_active() -> anyhow::Result<()> {
+    systemctl(&["is-active", UNIT]).map(drop).inspect_err(|_| {
+        for how in [
+            &["systemctl", "status", "--no-pager", UNIT][..],
+            &["journalctl", "--no-pager", "-b", "-o", "cat"],
+        ] {
+            let said = Command::new(how[0]).args(&how[1..]).output().map(|said| said.stdout);
+            let said = String::from_utf8_lossy(&said.unwrap_or_default()).into_owned();
+            said.lines()
+                .filter(|line| line.contains("tideover"))
+                .take(40)
+                .for_each(|line| println!("{line}"));
+        }
+    })
 }
 
 fn systemctl(arguments: &[&str]) -> anyhow::Result<String> {
