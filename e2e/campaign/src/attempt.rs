@@ -333,31 +333,39 @@ impl Course {
         self.bury(chosen)?;
         self.owners = self.look_who_runs(machine)?;
         let mut limit = Limit::new();
-        while !is_settled(machine)? {
-            limit.pass("what is left of the update")?;
+        let status = loop {
+            while !is_settled(machine)? {
+                limit.pass("what is left of the update")?;
+                await_change(machine);
+                // One that nobody waited for any more may get to its place now.
+                for event in machine.events() {
+                    self.hear(chosen, before, event)?;
+                }
+                if self.is_stopped {
+                    self.owners = self.owners.max(self.look_who_runs(machine)?);
+                }
+                self.bury(chosen)?;
+            }
+            let word = machine.witness.owner()?;
+            let Some(pid) = machine.processes().first().copied() else {
+                return self.lost(machine, chosen, before, word);
+            };
+            let status = match machine.status() {
+                Ok(status) => status,
+                // One whose threads were killed as they left it has their locks until it ends, which it does then.
+                Err(error) => match Process::open(pid).is_ok_and(|process| !process.ends_within(SOON)) {
+                    true => return Err(error),
+                    false => return self.lost(machine, chosen, before, word),
+                },
+            };
+            if status.pid == pid {
+                break status;
+            }
+            // An update that nobody struck was still under way: the machine has changed hands between the two looks.
+            limit.pass(&format!("{} answers, and {pid} holds the word {word:?}", status.pid))?;
             await_change(machine);
-            // One that nobody waited for any more may get to its place now.
-            for event in machine.events() {
-                self.hear(chosen, before, event)?;
-            }
-            if self.is_stopped {
-                self.owners = self.owners.max(self.look_who_runs(machine)?);
-            }
-            self.bury(chosen)?;
-        }
-        let word = machine.witness.owner()?;
-        let Some(pid) = machine.processes().first().copied() else {
-            return self.lost(machine, chosen, before, word);
         };
-        let status = match machine.status() {
-            Ok(status) => status,
-            // One whose threads were killed as they left it has their locks until it ends, which it does then.
-            Err(error) => match Process::open(pid).is_ok_and(|process| !process.ends_within(SOON)) {
-                true => return Err(error),
-                false => return self.lost(machine, chosen, before, word),
-            },
-        };
-        ensure!(status.pid == pid, "{} answers, and {pid} holds the word {word:?}", status.pid);
+        let pid = status.pid;
         ensure!(status.identity == machine.identity, "the machine's identity is {} now", status.identity);
         if let Some(still) = stands_still(machine)? {
             return Ok(self.found(Outcome::Stranded, None, Some(format!("{still} in process {pid}"))));
