@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ::vmm::control::Answer;
+use ::vmm::control::Client;
 use ::vmm::control::Request;
 use anyhow::Context as _;
 use anyhow::bail;
@@ -15,6 +16,9 @@ use fdpass::Deadline;
 use fdpass::Pidfd;
 use fdpass::systemd::Manager;
 use fdpass::systemd::Tell;
+use rustix::process::Pid;
+use rustix::process::Signal;
+use rustix::process::kill_process;
 use socket::Program;
 
 use crate::cli;
@@ -25,8 +29,10 @@ use crate::verbs;
 
 /// How long a VMM may take to leave its machine in the store: it may have much memory to look at.
 const PARK: Duration = Duration::from_secs(300);
-/// How long it may take to end the machine.
+/// How long it may take to have the machine end.
 const STOP: Duration = Duration::from_secs(60);
+/// How long its process may take to be gone then.
+const END: Duration = Duration::from_secs(300);
 /// How long the manager may take to hear.
 const HEAR: Duration = Duration::from_secs(5);
 
@@ -72,38 +78,60 @@ fn stop(arguments: &cli::ServiceStop) -> anyhow::Result<ExitCode> {
         Err(error) if error.is::<NoMachine>() => return Ok(ExitCode::SUCCESS),
         Err(error) => return Err(error),
     };
-    extend(if job == Job::Restart { PARK } else { STOP * 2 } + HEAR);
-    if job == Job::Restart {
-        return match verbs::ask(&client.with_patience(PARK), &Request::Park) {
-            Ok(Answer::Sealed(_)) => Ok(ExitCode::SUCCESS),
-            // Its next process holds it, as this one does.
-            Ok(Answer::Held(_)) => Ok(ExitCode::SUCCESS),
-            Ok(other) => bail!("unexpected answer to park: {other:?}"),
-            Err(error) => {
-                Err(error.context(format!("{name} cannot be left in the store, and its guest runs on")))
-            }
-        };
+    extend(if job == Job::Restart { PARK } else { STOP } + END + HEAR);
+    let main = MainProcess::of_environment();
+    match job {
+        Job::Restart => park(name, &client.with_patience(PARK))?,
+        _ => end(name, &client.with_patience(STOP), main.as_ref())?,
     }
-    match verbs::ask(&client.with_patience(STOP), &Request::Stop) {
-        Ok(Answer::Stopped) => Ok(ExitCode::SUCCESS),
-        Ok(other) => bail!("unexpected answer to stop: {other:?}"),
+    // The manager would wait for it as well, but not as long: freeing much memory takes its time.
+    main.map_or(Ok(ExitCode::SUCCESS), |main| main.await_end().map(|()| ExitCode::SUCCESS))
+}
+
+fn park(name: &str, client: &Client) -> anyhow::Result<()> {
+    match verbs::ask(client, &Request::Park) {
+        // One that holds it leaves that to the unit's next process.
+        Ok(Answer::Sealed(_) | Answer::Held(_)) => Ok(()),
+        Ok(other) => bail!("unexpected answer to park: {other:?}"),
         Err(error) => {
-            kill().with_context(|| format!("{name} does not end ({error:#}), and cannot be killed"))?;
-            bail!("{name} was killed, as it did not end: {error:#}")
+            Err(error.context(format!("{name} cannot be left in the store, and its guest runs on")))
         }
     }
 }
 
-/// The manager kills no VMM that is to be stopped, since one that could not be left in the store is to run on.
-fn kill() -> anyhow::Result<()> {
-    let main = std::env::var("MAINPID").ok().and_then(|pid| pid.parse::<i32>().ok());
-    let main = main.and_then(rustix::process::Pid::from_raw).context("its process is not known")?;
-    rustix::process::kill_process(main, rustix::process::Signal::KILL).context("kill")?;
-    let process = u32::try_from(main.as_raw_nonzero().get()).unwrap_or_default();
-    if let Ok(process) = Pidfd::of_number(process) {
-        process.wait_exit(Deadline::after(STOP)).context("it does not end")?;
+fn end(name: &str, client: &Client, main: Option<&MainProcess>) -> anyhow::Result<()> {
+    let error = match verbs::ask(client, &Request::Stop) {
+        Ok(Answer::Stopped) => return Ok(()),
+        Ok(other) => bail!("unexpected answer to stop: {other:?}"),
+        Err(error) => error,
+    };
+    let killed = main.context("its process is not known").and_then(MainProcess::kill);
+    killed.with_context(|| format!("{name} does not end ({error:#}), and cannot be killed"))?;
+    bail!("{name} was killed, as it did not end: {error:#}")
+}
+
+/// The unit's main process, which the manager names.
+struct MainProcess {
+    number: Pid,
+    process: Pidfd,
+}
+
+impl MainProcess {
+    fn of_environment() -> Option<Self> {
+        let number: u32 = std::env::var("MAINPID").ok()?.parse().ok()?;
+        let process = Pidfd::of_number(number).ok()?;
+        Some(Self { number: Pid::from_raw(i32::try_from(number).ok()?)?, process })
     }
-    Ok(())
+
+    /// The manager kills no VMM that is to be stopped, since one that could not be left in the store is to run on.
+    fn kill(&self) -> anyhow::Result<()> {
+        kill_process(self.number, Signal::KILL).context("kill")?;
+        self.await_end()
+    }
+
+    fn await_end(&self) -> anyhow::Result<()> {
+        self.process.wait_exit(Deadline::after(END)).context("the VMM does not end")
+    }
 }
 
 /// Asks the manager for more time than a stop usually has. Without it this is cut short, and the guest may be killed.
