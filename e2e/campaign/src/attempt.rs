@@ -475,6 +475,7 @@ impl Course {
             return Ok(0);
         };
         if !owner.stop() {
+            owner.wake();
             self.wake();
             return Ok(0);
         }

@@ -6,7 +6,6 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 use std::process::Stdio;
 use std::sync::atomic::AtomicU32;
@@ -30,9 +29,7 @@ use crate::plan::Actor;
 use crate::plan::Folder;
 use crate::plan::Place;
 use crate::process::Process;
-use crate::process::kill_group;
 use crate::process::kill_with;
-use crate::process::living;
 use crate::process::living_vmms;
 use crate::role;
 use crate::witness::Witness;
@@ -55,8 +52,6 @@ pub struct Machine {
     pub updates: u64,
     /// Its identity.
     pub identity: String,
-    /// Its processes' group.
-    group: u32,
     /// What keeps it.
     pub keeper: Option<Keeper>,
     pub(crate) control: Channel,
@@ -91,21 +86,20 @@ impl Machine {
         rustix::io::ioctl_fionbio(&events, true)?;
         let (control, theirs) = Channel::pair()?;
         let mut command = command(&folder, role::FIRST)?;
-        let child = command.stdin(Stdio::from(theirs.into_stdio())).process_group(0).spawn()?;
+        let child = command.stdin(Stdio::from(theirs.into_stdio())).spawn()?;
         drop(command);
-        let group = child.id();
         let machine = || -> anyhow::Result<_> {
             let status = status(&control)?;
             let keeper = is_kept.then(|| Keeper::start(&folder, &name)).transpose()?;
-            Ok((Witness::of(group, &name)?, status, keeper))
+            Ok((Witness::of(child.id(), &name)?, status, keeper))
         };
         match machine() {
             Ok((witness, status, keeper)) => {
                 let (updates, identity) = (status.updates, status.identity);
-                Ok(Self { folder, witness, vcpus, updates, identity, group, keeper, control, events })
+                Ok(Self { folder, witness, vcpus, updates, identity, keeper, control, events })
             }
             Err(error) => {
-                kill_group(group);
+                kill_with(&environment(&folder));
                 Err(error.context("cannot make a machine"))
             }
         }
@@ -114,15 +108,7 @@ impl Machine {
     /// The processes that live.
     #[must_use]
     pub fn processes(&self) -> Vec<u32> {
-        match self.keeper {
-            Some(_) => living_vmms(&self.environment()),
-            // Quicker: nothing leaves the group.
-            None => living(self.group),
-        }
-    }
-
-    fn environment(&self) -> String {
-        format!("{}={}", role::FOLDER, self.folder.path().display())
+        living_vmms(&environment(&self.folder))
     }
 
     /// Starts a successor, and gives it with the channel to it. One that comes to grief at its start may be gone already.
@@ -131,11 +117,8 @@ impl Machine {
     /// If it cannot be started.
     pub fn start_successor(&self) -> anyhow::Result<(Option<Process>, Channel)> {
         let (ours, theirs) = Channel::pair()?;
-        let group = i32::try_from(self.group)?;
         let mut command = command(&self.folder, role::SUCCEED)?;
-        // A machine that was recovered has left its group.
-        let group = if self.keeper.is_some() { 0 } else { group };
-        let child = command.stdin(Stdio::from(theirs.into_stdio())).process_group(group).spawn()?;
+        let child = command.stdin(Stdio::from(theirs.into_stdio())).spawn()?;
         Ok((Process::open(child.id()).ok(), ours))
     }
 
@@ -191,12 +174,14 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if self.keeper.take().is_some() {
-            kill_with(&self.environment());
-        }
-        kill_group(self.group);
+        kill_with(&environment(&self.folder));
         let _ = fs::remove_dir_all(self.folder.path());
     }
+}
+
+/// What all processes of the machine of this folder have in their environment.
+fn environment(folder: &Folder) -> String {
+    format!("{}={}", role::FOLDER, folder.path().display())
 }
 
 fn event(line: &str) -> Option<Event> {

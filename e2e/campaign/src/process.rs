@@ -1,8 +1,11 @@
 //! What the kernel says of processes, and signals to them.
 
+use std::fmt::Display;
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 use std::time::Instant;
@@ -10,11 +13,9 @@ use std::time::Instant;
 use anyhow::Context as _;
 use fdpass::Deadline;
 use fdpass::Pidfd;
-use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::WaitId;
 use rustix::process::WaitIdOptions;
-use rustix::process::kill_process_group;
 use rustix::process::pidfd_send_signal;
 use rustix::process::waitid;
 
@@ -57,11 +58,16 @@ impl Process {
     pub fn stands(&self) -> bool {
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(20) {
-            match threads(self.pid) {
-                states if states.is_empty() || states.contains(&'Z') => return false,
-                states if states.iter().all(|state| *state == 'T') => return true,
-                _ => thread::sleep(Duration::from_micros(100)),
+            if self.ends_within(Duration::ZERO) {
+                return false;
             }
+            // A thread that is about to end is there for a moment still, and stops no more.
+            let mut states =
+                threads(self.pid).into_iter().filter(|state| !matches!(state, 'Z' | 'X')).peekable();
+            if states.peek().is_some() && states.all(|state| state == 'T') {
+                return true;
+            }
+            thread::sleep(Duration::from_micros(100));
         }
         false
     }
@@ -78,43 +84,25 @@ impl AsFd for Process {
     }
 }
 
-/// What the kernel tells of a process in one line: its state, and its group.
-fn stat(path: &str) -> Option<(char, u32)> {
-    let stat = fs::read_to_string(path).ok()?;
-    let mut words = stat.rsplit_once(") ")?.1.split(' ');
-    let state = words.next()?.chars().next()?;
-    Some((state, words.nth(1)?.parse().ok()?))
+/// The letter by which the kernel tells the state of the process or thread of this folder.
+fn state_in(folder: &Path) -> Option<char> {
+    let stat = fs::read_to_string(folder.join("stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// The state of each thread of a process.
 fn threads(pid: u32) -> Vec<char> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    tasks.filter_map(|task| stat(task.path().join("stat").to_str()?)).map(|(state, _)| state).collect()
+    tasks.filter_map(|task| state_in(&task.path())).collect()
 }
 
 /// The letter by which the kernel tells a process's state; `None` if there is no such process.
 #[must_use]
 pub fn state(pid: u32) -> Option<char> {
-    stat(&format!("/proc/{pid}/stat")).map(|(state, _)| state)
+    state_in(Path::new(&format!("/proc/{pid}")))
 }
 
-/// The processes of a group that live, of those that this process or a child of its started.
-#[must_use]
-pub fn living(group: u32) -> Vec<u32> {
-    let mut found = Vec::new();
-    let mut look = children(std::process::id());
-    while let Some(pid) = look.pop() {
-        look.extend(children(pid));
-        let Some((state, its_group)) = stat(&format!("/proc/{pid}/stat")) else { continue };
-        if its_group == group && !matches!(state, 'Z' | 'X') {
-            found.push(pid);
-        }
-    }
-    found.sort_unstable();
-    found
-}
-
-/// The VMMs that live whose environment has that in it, of the processes that this one, or a child of its, started.
+/// The VMMs that live whose environment has that in it, of the processes of this program.
 #[must_use]
 pub fn living_vmms(environment: &str) -> Vec<u32> {
     let mut vmms = with(environment);
@@ -126,7 +114,7 @@ pub fn living_vmms(environment: &str) -> Vec<u32> {
     vmms
 }
 
-/// Ends all processes whose environment has that in it.
+/// Ends all processes of this program whose environment has that in it.
 pub fn kill_with(environment: &str) {
     // One that is killed may just have started another.
     for _ in 0..3 {
@@ -138,31 +126,27 @@ pub fn kill_with(environment: &str) {
 }
 
 fn with(environment: &str) -> Vec<u32> {
-    let mut found = Vec::new();
-    let mut look = children(std::process::id());
-    while let Some(pid) = look.pop() {
-        look.extend(children(pid));
+    let Some(program) = program_of("self") else { return Vec::new() };
+    // What a process executes is quicker to ask for than its environment, and few processes are of this program.
+    let ours = all().filter(|pid| program_of(*pid) == Some(program));
+    let has = |pid: &u32| {
         let has = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let has = has.split(|byte| *byte == 0).any(|variable| variable == environment.as_bytes());
-        if has && !matches!(state(pid), None | Some('Z' | 'X')) {
-            found.push(pid);
-        }
-    }
-    found
+        has.split(|byte| *byte == 0).any(|variable| variable == environment.as_bytes())
+    };
+    ours.filter(has).filter(|pid| !matches!(state(*pid), None | Some('Z' | 'X'))).collect()
 }
 
-fn children(pid: u32) -> Vec<u32> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let of_task = tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());
-    of_task.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+/// Every process of this host. One that lives all the while is among them, whoever its parent becomes: the lists of a process's children
+/// do not promise that.
+fn all() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// Ends all processes of a group.
-pub fn kill_group(group: u32) {
-    if let Some(pid) = i32::try_from(group).ok().and_then(Pid::from_raw) {
-        // It may be empty.
-        let _ = kill_process_group(pid, Signal::KILL);
-    }
+/// The file that a process executes, by its device and number; `None` if it has ended, or is another user's.
+fn program_of(pid: impl Display) -> Option<(u64, u64)> {
+    let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some((file.dev(), file.ino()))
 }
 
 /// Makes this process the parent of all that loses its own.

@@ -187,19 +187,6 @@ impl Totals {
         }
     }
 
-    /// Whether a byte was lost, or something that a guest keeps in its registers, or a guest ran twice.
-    #[must_use]
-    pub fn has_lost(&self) -> bool {
-        let lost = [
-            self.bytes_lost,
-            self.guest_errors,
-            self.registers_lost,
-            self.ticks_miscounted,
-            self.double_owners,
-        ];
-        lost.iter().any(|count| *count > 0)
-    }
-
     /// Whether nothing was found that must not be.
     #[must_use]
     pub fn is_good(&self) -> bool {

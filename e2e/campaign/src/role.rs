@@ -37,9 +37,8 @@ pub fn play(folder: PathBuf, arguments: &[String]) -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let played = match arguments[..] {
         [] | ["hold"] => return tideoverd::main(),
-        ["vmm", "--detach", "succeed"] => recovered(&folder),
         ["vmm", "first"] => first(&folder),
-        ["vmm", "succeed"] => succeed(&folder, &Start::Started),
+        ["vmm", "succeed"] | ["vmm", "--detach", "succeed"] => succeed(&folder, &Start::Started),
         ["vmm", "succeed", "--handoff", handoff] => go_on(&folder, handoff),
         _ => Err(anyhow::anyhow!("no role: {arguments:?}")),
     };
@@ -53,22 +52,24 @@ pub fn play(folder: PathBuf, arguments: &[String]) -> ExitCode {
 }
 
 fn first(folder: &Folder) -> anyhow::Result<()> {
+    leave_session()?;
     let programs = vec![socket::Program::this_path()?];
     let player = Player { folder: folder.clone(), plan: Plan::default(), takes: Actor::Successor };
     vmm::run_watched(&folder.spec()?, programs, false, player.watch())
 }
 
 fn succeed(folder: &Folder, start: &Start) -> anyhow::Result<()> {
+    leave_session()?;
     let plan = folder.plan()?;
     let takes = if plan.rehearsed { Actor::Rehearsed } else { Actor::Successor };
     take_over(Player { folder: folder.clone(), plan, takes }, start)
 }
 
-/// Runs a machine that was held.
-fn recovered(folder: &Folder) -> anyhow::Result<()> {
-    // It outlives its holder.
+/// A key that is pressed for the campaign is none for a VMM. Nor does the kernel hang up on it, and wake it, where it is stopped as
+/// its predecessor ends: it does that to a group that is left without a parent in its session.
+fn leave_session() -> anyhow::Result<()> {
     rustix::process::setsid()?;
-    succeed(folder, &Start::Started)
+    Ok(())
 }
 
 fn take_over(player: Player, start: &Start) -> anyhow::Result<()> {
