@@ -128,6 +128,11 @@ impl<'a, G: Guest> Leaving<'a, G> {
         self.note.as_ref().map(|(file, _)| file)
     }
 
+    /// What is [noted](Self::write_note) of it, with its seal once it has one.
+    pub fn note(&self) -> Option<&Note> {
+        self.note.as_ref().map(|(_, note)| note)
+    }
+
     /// Everything that is done while the guest stands still. `rate` is that of the host's TSC.
     ///
     /// # Errors

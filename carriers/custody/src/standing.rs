@@ -133,7 +133,7 @@ impl Regions {
             return Err(CustodyError::Regions { told: note.regions.len(), came: self.fds.len() });
         };
         let fd = fd.try_clone().map_err(CustodyError::Copy)?;
-        let region = Region::accept("metadata", fd, *len_bytes).and_then(Region::map);
+        let region = machine::accept_region0(fd, *len_bytes).and_then(Region::map);
         Ok(Arc::new(region.map_err(CustodyError::Map)?))
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use custody::LostError;
+use custody::Note;
 use custody::Offer;
 use liveupdate::Outgoing;
 use liveupdate::PreserveError;
@@ -122,6 +123,11 @@ impl<'a, G: Guest> Leaving<'a, G> {
     /// [`LeaveError`]
     pub fn seal(&mut self, rate: &TscRate) -> Result<u32, LeaveError> {
         Ok(self.leaving.seal(rate)?)
+    }
+
+    /// What is noted of it, with its seal once it has one.
+    pub fn note(&self) -> Option<&Note> {
+        self.leaving.note()
     }
 
     /// The steps that were reached.

@@ -68,7 +68,11 @@ fn after(example: &str) -> String {
 pub(crate) struct Run {
     #[command(flatten)]
     pub(crate) new: NewMachine,
-    /// The machine goes with the host through `tideover kexec`.
+    /// Where the machine lies, to be found by that path when its VMM, or the kernel, is gone: a file that is made, on a file system on
+    /// reserved memory (mounted with dax=always), hugetlbfs or tmpfs; or a devdax device, all of which it gets.
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["store", "page_size", "on_demand", "numa"])]
+    pub(crate) path: Option<PathBuf>,
+    /// The machine goes with the host through `tideover kexec`: by /dev/liveupdate; one on reserved memory (--path) does anyway.
     #[arg(long)]
     pub(crate) through_kexec: bool,
     /// Stay until the guest ends, and end as it does. The machine does not end with this command.
@@ -256,16 +260,22 @@ pub(crate) struct Pause {
 /// After a kexec nothing runs until this is called, as the first of all that uses /dev/liveupdate: --all from a unit, or from
 /// the init itself. A machine that cannot run is held, its memory kept, until `resume` with another --program, or `stop`. Its
 /// memory is charged to its cgroup, if that is there, else to the one of this command.
+///
+/// A machine that lies at a path is found by that alone (--path), on any kernel, after a kexec or the death of its VMM.
 #[derive(Debug, Args)]
 #[command(after_help = after("tideover resume web1
-    tideover resume --all"))]
+    tideover resume --all
+    tideover resume --path /mnt/pmem"))]
 pub(crate) struct Resume {
     /// The machine.
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    #[arg(required_unless_present_any = ["all", "path"], conflicts_with = "all")]
     pub(crate) name: Option<String>,
-    /// All machines that came through the kexec that this kernel was booted by.
+    /// All machines that came through the kexec that this kernel was booted by; with --path, all that lie there.
     #[arg(long)]
     pub(crate) all: bool,
+    /// Where the machines lie: a file, a devdax device, or a directory of files. Of several only NAME, if that is given.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) path: Vec<PathBuf>,
     /// After a kexec: the program that is to run it, if not the one that did before.
     #[arg(long, value_name = "PATH")]
     pub(crate) program: Option<PathBuf>,

@@ -55,7 +55,7 @@ pub(crate) struct Result {
 }
 
 pub(crate) fn demo(arguments: &cli::Demo) -> anyhow::Result<ExitCode> {
-    let spec = first_vmm::spec("demo", &arguments.hardware, true)?;
+    let spec = first_vmm::spec("demo", &arguments.hardware, true, true)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut vmm = FirstVmm::start(&program, &spec, &[], false, None)?;
     let result = run(arguments, &vmm, &program).map_err(|error| vmm.explain(error))?;
@@ -74,6 +74,7 @@ pub(crate) const fn store_name(store: Store) -> &'static str {
         Store::Memfd => "memfd",
         Store::GuestMemfd => "guest_memfd",
         Store::Hugetlb => "hugetlb",
+        Store::Path => "path",
     }
 }
 

@@ -26,11 +26,19 @@ use crate::cli;
 use crate::progress::Bar;
 use crate::size;
 
-/// The machine that was asked for; what this host cannot have is refused here.
-pub(crate) fn spec(name: &str, hardware: &cli::Hardware, is_new: bool) -> anyhow::Result<MachineSpec> {
+/// The machine that was asked for; what this host cannot have is refused here, if the machine is new, and if it takes memory that the host
+/// gives to all.
+pub(crate) fn spec(
+    name: &str,
+    hardware: &cli::Hardware,
+    is_new: bool,
+    takes_memory: bool,
+) -> anyhow::Result<MachineSpec> {
     let guest = choose_guest(hardware.guest)?;
     if is_new {
         check_vcpus(hardware.vcpus)?;
+    }
+    if takes_memory {
         check_memory(hardware.memory)?;
     }
     let (store, pages) = memory(hardware.store, hardware.page_size)?;

@@ -32,8 +32,8 @@ use tracing::debug;
 use tracing::error;
 use tracing::warn;
 
-use crate::kexec::open_device;
 use crate::leavers;
+use crate::leavers::Goer;
 use crate::leavers::Leaver;
 use crate::machines;
 
@@ -57,6 +57,9 @@ const SEALED: Duration = Duration::from_secs(85);
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Plan {
     pub(crate) machines: Vec<String>,
+    /// Those of them that are found by their paths.
+    #[serde(default)]
+    pub(crate) at_paths: Vec<String>,
     /// How long each machine may take to get ready.
     pub(crate) timeout: Duration,
     /// Agents that are not ready are left.
@@ -172,7 +175,7 @@ fn join(folder: &Path, pid: u32) -> anyhow::Result<()> {
 struct Keeper {
     listener: Listener,
     leavers: Vec<Leaver>,
-    index: Index,
+    index: Option<Index>,
     scope: Scope,
     /// The sessions of tideoverd's agents.
     _agents: Option<tideoverd::Preserved>,
@@ -188,10 +191,10 @@ impl Keeper {
         let listener = listen()?;
         let mut machines = Vec::new();
         for name in &plan.machines {
-            machines.push((name.clone(), machines::connect(name)?));
+            let at_path = plan.at_paths.contains(name);
+            machines.push(Goer { name: name.clone(), client: machines::connect(name)?, at_path });
         }
-        let device = open_device()?;
-        let index = Index::preserve(&device, plan.machines)?;
+        let (device, index) = crate::kexec::list(&machines)?;
         let agents = crate::kexec::preserve_agents(plan.timeout, plan.leave_others)?;
         let progress = |done, of| {
             let said = Said::Progress { what: "preserving".to_owned(), done, of };
@@ -199,7 +202,7 @@ impl Keeper {
                 debug!(%error, "nobody hears of the progress");
             }
         };
-        let (leavers, failed) = leavers::preserve_all(&device, machines, plan.timeout, &progress)?;
+        let (leavers, failed) = leavers::preserve_all(device.as_ref(), machines, plan.timeout, &progress)?;
         let mut keeper = Self { listener, leavers, index, scope, _agents: agents };
         match failed.map_or_else(|| keeper.shut_down(channel), Err) {
             Ok(()) => Ok(keeper),
@@ -215,7 +218,7 @@ impl Keeper {
             let pid = leaver.preserved.pid;
             self.scope.take(pid).with_context(|| format!("the VMM of {}", leaver.name))?;
         }
-        self.index.note("asked")?;
+        self.index.as_mut().map_or(Ok(()), |index| index.note("asked"))?;
         let mut command = Command::new("systemctl");
         let asked = command.args(["--no-ask-password", "kexec"]).stdin(Stdio::null()).output();
         let asked = asked.context("cannot run systemctl")?;
@@ -251,7 +254,7 @@ impl Keeper {
         // What their disks wrote, where shutdown could not unmount a file system on account of that.
         filesystems::sync();
         let still = Still::hold(STILL).inspect_err(|error| error!(%error, "file systems are not still")).ok();
-        if let Err(error) = self.index.note("jump") {
+        if let Err(error) = self.index.as_mut().map_or(Ok(()), |index| index.note("jump")) {
             error!(%error, "it is not noted when this kernel goes");
         }
         (Sealed { sealed: self.leavers.len() - failed.len(), failed }, still)

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use ::kexec::Index;
 use ::vmm::control::Answer;
-use ::vmm::control::Client;
 use ::vmm::control::PreservedReport;
 use ::vmm::control::Request;
 use ::vmm::control::SealedReport;
@@ -32,6 +31,7 @@ use crate::check::Level;
 use crate::check::Subject;
 use crate::cli;
 use crate::leavers;
+use crate::leavers::Goer;
 use crate::leavers::Leaver;
 use crate::machines;
 use crate::orderly;
@@ -49,17 +49,20 @@ const STILL: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(5);
 /// What the next kernel has to be told, to find what this one leaves.
 const LIVEUPDATE: &str = "liveupdate=on";
+/// How a kernel is told to leave memory alone.
+const RESERVES: &str = "memmap=";
 
 pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     let machines = chosen(arguments)?;
-    let command_line = command_line(arguments)?;
+    let command_line = command_line(arguments, &machines)?;
     // It opens the device itself, which has one user at a time.
     refuse_unfit(arguments, &machines, &command_line)?;
     if !arguments.now {
         orderly::check()?;
     }
-    let device = open_device()?;
-    check_pending(&device, arguments)?;
+    if needs_device(&machines) {
+        check_pending(&open_device()?, arguments)?;
+    }
     if machines.is_empty() && !arguments.leave_others {
         bail!(
             "no machine was started with --through-kexec: use the service manager's own kexec, or say --leave-others"
@@ -67,12 +70,9 @@ pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     }
     let loaded = Loaded::load(arguments, &command_line)?;
     let bar = Bar::new();
-    let left = if arguments.now {
-        leave(&device, machines, arguments, &bar).map(|never| match never {})
-    } else {
-        // The keeper opens it.
-        drop(device);
-        orderly::leave(machines, arguments, &bar)
+    let left = match arguments.now {
+        true => leave(machines, arguments, &bar).map(|never| match never {}),
+        false => orderly::leave(machines, arguments, &bar),
     };
     bar.done();
     // If it did not: whoever could not go is told of in the error, and all run on.
@@ -85,8 +85,24 @@ pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(CALLED_OFF))
 }
 
+/// Whether the kernel has to preserve something: not if all machines lie at paths.
+fn needs_device(machines: &[Goer]) -> bool {
+    machines.is_empty() || machines.iter().any(|goer| !goer.at_path)
+}
+
+/// Opens the device and lists the machines there for the next kernel, as far as there are any that it has to preserve.
+pub(crate) fn list(machines: &[Goer]) -> anyhow::Result<(Option<Device>, Option<Index>)> {
+    if !needs_device(machines) {
+        return Ok((None, None));
+    }
+    let device = open_device()?;
+    let names = machines.iter().filter(|goer| !goer.at_path).map(|goer| goer.name.clone()).collect();
+    let index = Index::preserve(&device, names)?;
+    Ok((Some(device), Some(index)))
+}
+
 /// The machines that go.
-fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
+fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<Goer>> {
     let (mut go, mut others, mut held) = (Vec::new(), Vec::new(), Vec::new());
     for name in machines::names()? {
         let client = match machines::connect(&name) {
@@ -96,7 +112,9 @@ fn chosen(arguments: &cli::Kexec) -> anyhow::Result<Vec<(String, Client)>> {
             Err(error) => return Err(error),
         };
         match client.ask(&Request::Status, &mut |_, _, _| {}).with_context(|| format!("how is {name}?"))? {
-            Answer::Status(status) if status.through_kexec => go.push((name, client)),
+            Answer::Status(status) if status.through_kexec => {
+                go.push(Goer { name, client, at_path: status.path.is_some() });
+            }
             Answer::Held(_) => held.push(name),
             _ => others.push(name),
         }
@@ -132,24 +150,38 @@ fn check_pending(device: &Device, arguments: &cli::Kexec) -> anyhow::Result<()> 
     Ok(())
 }
 
-fn command_line(arguments: &cli::Kexec) -> anyhow::Result<String> {
-    let begin = match &arguments.cmdline {
-        Some(text) => text.clone(),
-        None => fs::read_to_string("/proc/cmdline").context("cannot read this kernel's command line")?,
-    };
+fn command_line(arguments: &cli::Kexec, machines: &[Goer]) -> anyhow::Result<String> {
+    let own = fs::read_to_string("/proc/cmdline").context("cannot read this kernel's command line")?;
+    let begin = arguments.cmdline.clone().unwrap_or_else(|| own.clone());
     // Who loaded this kernel put these before what was asked for.
     let words = begin
         .split_whitespace()
         .filter(|word| !word.starts_with("BOOT_IMAGE=") && !word.starts_with("initrd="));
     let words: Vec<&str> =
         words.chain(arguments.append.iter().flat_map(|text| text.split_whitespace())).collect();
-    if !words.iter().any(|word| is_on(word)) {
+    if machines.iter().any(|goer| goer.at_path) {
+        check_reserved(&own, &words)?;
+    }
+    if needs_device(machines) && !words.iter().any(|word| is_on(word)) {
         bail!(
             "the next kernel's command line has no {LIVEUPDATE}: it would keep the machines' memory and give it to nobody; \
              --append {LIVEUPDATE}"
         );
     }
     Ok(words.join(" "))
+}
+
+/// Refuses a next kernel that would use the memory that machines lie in: the firmware, which it asks, does not know that it is reserved.
+fn check_reserved(own: &str, next: &[&str]) -> anyhow::Result<()> {
+    let reserved = own.split_whitespace().filter(|word| word.starts_with(RESERVES));
+    let missing: Vec<&str> = reserved.filter(|word| !next.contains(word)).collect();
+    ensure!(
+        missing.is_empty(),
+        "the next kernel's command line lacks {}, by which this one was kept from the memory that machines lie in: it would use that for \
+         itself; --append it",
+        missing.join(" ")
+    );
+    Ok(())
 }
 
 /// As the kernel reads a switch.
@@ -159,13 +191,13 @@ fn is_on(word: &str) -> bool {
 }
 
 /// Refuses what `tideover check` fails, and says what it warns of.
-fn refuse_unfit(
-    arguments: &cli::Kexec,
-    machines: &[(String, Client)],
-    command_line: &str,
-) -> anyhow::Result<()> {
+fn refuse_unfit(arguments: &cli::Kexec, machines: &[Goer], command_line: &str) -> anyhow::Result<()> {
+    // What that looks for is a kernel that preserves them.
+    if !needs_device(machines) {
+        return Ok(());
+    }
     let subject = Subject {
-        machines: machines.iter().map(|(name, _)| name.clone()).collect(),
+        machines: machines.iter().map(|goer| goer.name.clone()).collect(),
         kernel: Some(arguments.kernel.clone()),
         initrd: arguments.initrd.clone(),
         command_line: Some(command_line.to_owned()),
@@ -252,20 +284,15 @@ pub(crate) fn preserve_agents(
 ///
 /// # Errors
 /// Whatever keeps them here: then their guests run on.
-fn leave(
-    device: &Device,
-    machines: Vec<(String, Client)>,
-    arguments: &cli::Kexec,
-    bar: &Bar,
-) -> anyhow::Result<Infallible> {
-    let names = machines.iter().map(|(name, _)| name.clone()).collect();
-    let mut index = Index::preserve(device, names)?;
+fn leave(machines: Vec<Goer>, arguments: &cli::Kexec, bar: &Bar) -> anyhow::Result<Infallible> {
+    let (device, mut index) = list(&machines)?;
     let progress = |done, of| bar.at("preserving", done, of);
     let _agents = preserve_agents(arguments.timeout, arguments.leave_others)?;
-    let (mut leavers, failed) = leavers::preserve_all(device, machines, arguments.timeout, &progress)?;
+    let (mut leavers, failed) =
+        leavers::preserve_all(device.as_ref(), machines, arguments.timeout, &progress)?;
     let left = match failed {
         None => said(&leavers.iter().map(Leaver::preserved).collect::<Vec<_>>(), arguments)
-            .and_then(|()| jump(&mut leavers, &mut index, bar)),
+            .and_then(|()| jump(&mut leavers, index.as_mut(), bar)),
         Some(error) => Err(error),
     };
     let error = match left {
@@ -289,7 +316,7 @@ pub(crate) fn said(preserved: &[(String, PreservedReport)], arguments: &cli::Kex
 }
 
 /// Everything from the first guest that stands still to the jump.
-fn jump(leavers: &mut [Leaver], index: &mut Index, bar: &Bar) -> anyhow::Result<Infallible> {
+fn jump(leavers: &mut [Leaver], index: Option<&mut Index>, bar: &Bar) -> anyhow::Result<Infallible> {
     bar.say("synchronizing file systems");
     filesystems::sync();
     bar.done();
@@ -299,7 +326,7 @@ fn jump(leavers: &mut [Leaver], index: &mut Index, bar: &Bar) -> anyhow::Result<
     filesystems::sync();
     // From here on nothing is written, but to memory: who does waits.
     let still = Still::hold(STILL).context("cannot make the file systems still")?;
-    index.note("jump")?;
+    index.map_or(Ok(()), |index| index.note("jump"))?;
     let error = match liveupdate::kexec::execute() {
         Ok(never) => match never {},
         Err(error) => error,

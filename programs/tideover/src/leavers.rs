@@ -20,6 +20,14 @@ const SEAL: Duration = Duration::from_secs(30);
 /// How long a machine may take to run on when there is no kexec.
 const GO_ON: Duration = Duration::from_secs(60);
 
+/// A machine that is to go to the next kernel.
+pub(crate) struct Goer {
+    pub(crate) name: String,
+    pub(crate) client: Client,
+    /// It lies where it is found by its path: no kernel has to preserve it.
+    pub(crate) at_path: bool,
+}
+
 /// A machine whose VMM obeys nobody else until this is dropped: then it runs on.
 pub(crate) struct Leaver {
     pub(crate) name: String,
@@ -75,24 +83,29 @@ impl Leaver {
     }
 }
 
-/// Has all machines preserved at once. Gives those that are, and why another one is not.
+/// Has all machines preserved at once, by the device unless they lie at paths. Gives those that are, and why another one is not.
 pub(crate) fn preserve_all(
-    device: &Device,
-    machines: Vec<(String, Client)>,
+    device: Option<&Device>,
+    machines: Vec<Goer>,
     timeout: Duration,
     progress: &dyn Fn(u64, u64),
 ) -> anyhow::Result<(Vec<Leaver>, Option<anyhow::Error>)> {
     let of = u64::try_from(machines.len()).unwrap_or(u64::MAX);
     let mut ready = Vec::new();
-    for (name, client) in machines {
-        let session = SessionName::new(name.as_bytes()).context("the machine's name")?;
-        ready.push((device.create(&::kexec::session_name(session)?)?, name, client));
+    for Goer { name, client, at_path } in machines {
+        let session = match device.filter(|_| !at_path) {
+            Some(device) => {
+                let session = SessionName::new(name.as_bytes()).context("the machine's name")?;
+                Some(device.create(&::kexec::session_name(session)?)?)
+            }
+            None => None,
+        };
+        ready.push((session, name, client));
     }
     progress(0, of);
     thread::scope(|scope| {
-        let begin = |(session, name, client)| {
-            scope.spawn(move || Leaver::begin(name, client, Some(session), timeout))
-        };
+        let begin =
+            |(session, name, client)| scope.spawn(move || Leaver::begin(name, client, session, timeout));
         let all: Vec<_> = ready.into_iter().map(begin).collect();
         let mut leavers = Vec::new();
         let mut failed = None;

@@ -22,6 +22,7 @@ mod leavers;
 mod orderly;
 mod page;
 mod pages;
+mod places;
 mod progress;
 mod recover;
 mod report;

@@ -18,7 +18,6 @@ use std::process::Command;
 use std::process::Stdio;
 
 use ::vmm::control;
-use ::vmm::control::Client;
 use anyhow::Context as _;
 use anyhow::bail;
 use anyhow::ensure;
@@ -30,6 +29,7 @@ use crate::cli;
 use crate::keeper::Plan;
 use crate::keeper::Said;
 use crate::kexec;
+use crate::leavers::Goer;
 use crate::machines;
 use crate::progress::Bar;
 use crate::verbs;
@@ -91,14 +91,11 @@ fn check_below(root: &Path) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Whatever keeps them here: then their guests run on.
-pub(crate) fn leave(
-    machines: Vec<(String, Client)>,
-    arguments: &cli::Kexec,
-    bar: &Bar,
-) -> anyhow::Result<()> {
-    let machines = machines.into_iter().map(|(name, _)| name).collect();
+pub(crate) fn leave(machines: Vec<Goer>, arguments: &cli::Kexec, bar: &Bar) -> anyhow::Result<()> {
+    let at_paths = machines.iter().filter(|goer| goer.at_path).map(|goer| goer.name.clone()).collect();
+    let machines = machines.into_iter().map(|goer| goer.name).collect();
     let (timeout, leave_others) = (arguments.timeout, arguments.leave_others);
-    let plan = Plan { machines, timeout, leave_others };
+    let plan = Plan { machines, at_paths, timeout, leave_others };
     let directory = machines::make_directory()?;
     let channel = start(machines::log(&directory, LOG)?)?;
     control::send(&channel, &plan).context("cannot reach the keeper")?;

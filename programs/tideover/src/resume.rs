@@ -35,6 +35,7 @@ use socket::Started;
 use crate::cli;
 use crate::kexec::open_device;
 use crate::machines;
+use crate::places;
 use crate::progress::Bar;
 use crate::report;
 use crate::report::Done;
@@ -53,6 +54,9 @@ const LOOK: Duration = Duration::from_secs(5);
 pub(crate) fn resume(arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
     let mut when = When::default();
     when.now("resume");
+    if !arguments.path.is_empty() {
+        return at_paths(arguments, &when);
+    }
     let Some(name) = &arguments.name else { return all(arguments, when) };
     match machines::connect(name) {
         Ok(client) => match verbs::ask(&client, &Request::Status)? {
@@ -64,6 +68,35 @@ pub(crate) fn resume(arguments: &cli::Resume) -> anyhow::Result<ExitCode> {
         },
         Err(error) if error.is::<machines::NoMachine>() => one(name, arguments, when, error),
         Err(error) => Err(error),
+    }
+}
+
+/// Machines that are found by their paths.
+fn at_paths(arguments: &cli::Resume, when: &When) -> anyhow::Result<ExitCode> {
+    let bar = Bar::new();
+    let (mut ended, mut seen) = (Vec::new(), false);
+    for (path, place) in places::find(&arguments.path)? {
+        match place {
+            Ok(place) if arguments.name.as_deref().is_some_and(|name| name != place.name()) => {}
+            Ok(place) => {
+                seen = true;
+                let name = place.name().to_owned();
+                match places::resume(place, when, arguments.program.as_deref(), &bar) {
+                    // There was no kexec.
+                    Ok(Answer::Report(None)) => complain!("tideover: {name} runs on from where it stood"),
+                    answer => ended.push((name, answer)),
+                }
+            }
+            // Beside others it may be anything.
+            Err(error) if arguments.path.contains(&path) || arguments.name.is_none() => {
+                ended.push((path.display().to_string(), Err(error)));
+            }
+            Err(_) => {}
+        }
+    }
+    match &arguments.name {
+        Some(name) if !seen => bail!("no machine {name} lies there"),
+        _ => end(ended, arguments),
     }
 }
 

@@ -48,7 +48,7 @@ fn run(arguments: &cli::ServiceRun) -> anyhow::Result<ExitCode> {
     // What the store has, or a VMM that is left over, takes this host's memory already.
     let name = &arguments.new.name;
     let is_new = !fdpass::systemd::has_passed() && machines::connect(name).is_err();
-    let spec = verbs::spec(&arguments.new, is_new)?;
+    let spec = verbs::spec(&arguments.new, is_new, is_new)?;
     let allowed = arguments.new.allow_program.iter().cloned();
     let programs = [Program::this_path()?].into_iter().chain(allowed).collect();
     ::vmm::serve_unit(&spec, programs)?;

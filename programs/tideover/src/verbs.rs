@@ -23,6 +23,7 @@ use ::vmm::control::OnOom;
 use ::vmm::control::Request;
 use ::vmm::control::Source;
 use ::vmm::control::Status;
+use ::vmm::control::Store;
 use ::vmm::control::Then;
 use ::vmm::control::UpdateOutcome;
 use ::vmm::control::UpdateReport;
@@ -168,7 +169,11 @@ pub(crate) fn run(arguments: &Run) -> anyhow::Result<ExitCode> {
     if machines::connect(name).is_ok() {
         bail!("there is a machine {name} already: stop it first, or take another name");
     }
-    let spec = MachineSpec { through_kexec: arguments.through_kexec, ..spec(new, true)? };
+    // What lies at a path takes what is reserved, or the file system says that there is no room.
+    let spec = spec(new, true, arguments.path.is_none())?;
+    let path = arguments.path.as_deref().map(absolute).transpose()?;
+    let store = if path.is_some() { Store::Path } else { spec.store };
+    let spec = MachineSpec { through_kexec: arguments.through_kexec, store, path, ..spec };
     let file = machines::log(&machines::make_directory()?, name)?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let bar = Bar::new();
@@ -213,9 +218,9 @@ fn await_kept(directory: &Path, name: &str, bar: &Bar) -> bool {
 
 /// The machine that is asked for, with a control socket in the directory of this user's machines; what this host cannot have is
 /// refused here, unless the machine is there already: it has what it asks for.
-pub(crate) fn spec(arguments: &NewMachine, is_new: bool) -> anyhow::Result<MachineSpec> {
+pub(crate) fn spec(arguments: &NewMachine, is_new: bool, takes_memory: bool) -> anyhow::Result<MachineSpec> {
     machines::check_name(&arguments.name)?;
-    let spec = first_vmm::spec(&arguments.name, &arguments.hardware, is_new)?;
+    let spec = first_vmm::spec(&arguments.name, &arguments.hardware, is_new, takes_memory)?;
     check_kernel(arguments, &spec)?;
     let directory = machines::make_directory()?;
     Ok(MachineSpec {
@@ -411,8 +416,14 @@ pub(crate) fn status(arguments: &cli::Status) -> anyhow::Result<ExitCode> {
         size::show(status.page_size),
         size::show(status.huge_bytes)
     );
+    if let Some(path) = &status.path {
+        let lives =
+            if status.through_kexec { ", which a kexec leaves alone" } else { ", until this kernel ends" };
+        text += &format!("  path       {}{lives}\n", path.display().to_string().escape_debug());
+    }
     text += &format!("  identity   {}\n", status.identity);
     let kept = match (status.kept, status.stored) {
+        _ if status.path.is_some() => "found by its path should its VMM die",
         (_, true) => "the service manager: kept over a restart of its unit, and against the death of its VMM",
         (true, false) => "kept against the death of its VMM",
         (false, false) => "lost should its VMM die",

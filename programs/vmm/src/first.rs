@@ -14,9 +14,11 @@ use machine::MemorySpec;
 use machine::MemoryStore;
 use machine::SessionName;
 use machine::Spec;
+use path::Place;
 use pulse::MAX_VCPUS;
 use region::PageSize;
 use region::Policy;
+use tracing::warn;
 
 use crate::backends::Backends;
 use crate::clients::Clients;
@@ -80,6 +82,7 @@ pub fn run_watched(
             let vmm = Vmm::new(spec.clone(), machine, guest, clients, backends, programs);
             let mut vmm = Vmm { watch, ..vmm };
             if let Err(error) = vmm.begin() {
+                vmm.give_up_place();
                 vmm.clients.tell(Clients::MAKER, &Answer::Error(format!("{error:#}")));
                 return Ok(());
             }
@@ -117,9 +120,20 @@ pub(crate) fn make(spec: &MachineSpec, progress: &mut dyn FnMut(u64, u64)) -> an
     let backends = Arc::new(Backends::open(spec)?);
     // The VM first: memory may be its own.
     let vm = new_vm(spec.guest)?;
-    let machine = Machine::create(&spec_of_machine(spec, vm.as_ref())?, progress)?;
-    let guest = boot(spec, &machine.memories()[0].inode, machine.identity(), &backends, vm)?;
-    Ok((machine, guest, backends))
+    let place =
+        spec.path.as_deref().map(|path| Place::make(path, spec.memory_bytes, progress)).transpose()?;
+    let made =
+        spec_of_machine(spec, vm.as_ref(), place.as_ref()).and_then(|of| Ok(Machine::create(&of, progress)?));
+    let machine = made.inspect_err(|_| place.iter().for_each(give_up))?;
+    let guest = boot(spec, &machine.memories()[0].inode, machine.identity(), &backends, vm);
+    Ok((machine, guest.inspect_err(|_| place.iter().for_each(give_up))?, backends))
+}
+
+/// There is no machine after all.
+fn give_up(place: &Place) {
+    if let Err(error) = place.empty() {
+        warn!(error = &error as &dyn std::error::Error, "the machine's file stays");
+    }
 }
 
 fn new_vm(guest: GuestKind) -> anyhow::Result<Option<NewVm>> {
@@ -129,7 +143,7 @@ fn new_vm(guest: GuestKind) -> anyhow::Result<Option<NewVm>> {
     }
 }
 
-fn spec_of_machine(spec: &MachineSpec, vm: Option<&NewVm>) -> anyhow::Result<Spec> {
+fn spec_of_machine(spec: &MachineSpec, vm: Option<&NewVm>, place: Option<&Place>) -> anyhow::Result<Spec> {
     let states = match spec.guest {
         GuestKind::Kvm => kvm_guest::states(spec.vcpus),
         GuestKind::Thread => thread_guest::states(spec.vcpus),
@@ -137,9 +151,14 @@ fn spec_of_machine(spec: &MachineSpec, vm: Option<&NewVm>) -> anyhow::Result<Spe
     let memory = MemorySpec {
         name: MemoryName::literal("ram"),
         size_bytes: spec.memory_bytes,
-        page_size: page_size(spec),
+        // At a path it is the kernel's choice, as far as what is there leaves one.
+        page_size: place.map_or(page_size(spec), |place| place.file().page_size()),
         prefault: spec.prefault,
         store: match (spec.store, vm) {
+            (Store::Path, _) => {
+                let place = place.context("nobody says at which path the machine is to lie")?;
+                MemoryStore::Path(Arc::clone(place.file()))
+            }
             (Store::Memfd, _) => MemoryStore::Memfd,
             (Store::Hugetlb, _) => MemoryStore::Hugetlb,
             (Store::GuestMemfd, Some(vm)) => {

@@ -355,8 +355,12 @@ impl Holder {
         let kept = self.here().context("the machine was given up")?;
         let vmm = match (early, kept.origin(), way.alone) {
             (Some(vmm), _, Alone::RunOn) => vmm,
-            (_, Origin::MadeAgain, Alone::RunOn) => start::start_after_kexec(kept.note(), &self.told, None)?,
+            (_, Origin::MadeAgain, Alone::RunOn) => {
+                join_cgroup(kept.note());
+                start::start_after_kexec(kept.note(), &self.told, None)?
+            }
             (_, Origin::MadeAgain, Alone::Boot) => {
+                join_cgroup(kept.note());
                 start::start_after_kexec(kept.note(), &self.told, Some(Alone::Boot))?
             }
             (_, _, alone) => {
@@ -399,6 +403,7 @@ impl Holder {
                     // Those who keep it as well are among them.
                     [&channel].into_iter().chain(&clients).for_each(|one| tell(one, &Answer::Stopped));
                     released = Released::GivenUp;
+                    self.empty_place();
                     break;
                 }
                 Request::Park if self.told.stored.is_some() => {
@@ -419,6 +424,15 @@ impl Holder {
         }
         self.end();
         released
+    }
+
+    /// The machine is over: nobody is to find it by its path.
+    fn empty_place(&self) {
+        let region0 = self.here().and_then(|kept| kept.regions().next());
+        let place = region0.map_or(Ok(None), path::Place::of_region);
+        if let Err(error) = place.and_then(|place| place.map_or(Ok(()), |place| place.empty())) {
+            warn!(error = &error as &dyn std::error::Error, "the machine's file stays");
+        }
     }
 
     fn try_again(&mut self, channel: &Channel, request: Request) -> anyhow::Result<Answer> {

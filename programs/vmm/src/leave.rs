@@ -13,6 +13,7 @@ use liveupdate::Outgoing;
 use liveupdate::moment::TscRate;
 use machine::update::Step;
 use machine::update::Timeline;
+use path::Place;
 use socket::Program;
 use tracing::debug;
 use tracing::warn;
@@ -75,9 +76,11 @@ impl Vmm {
         let Some(channel) = self.clients.take(client) else { return Ok(After::Go) };
         let mut observer = |step: Step| debug!(%step, "leaves this kernel");
         let leaving = Leaving::new(&mut self.machine, &mut self.guest, session, &mut observer);
-        let went_on = leave(leaving, offer, &channel);
+        let went_on = leave(leaving, offer, &channel, self.place.as_ref());
         self.clients.put(channel);
         went_on.context("the guest is lost")?;
+        // What was noted for the next kernel is not so.
+        self.renew_note_at_path();
         Ok(After::Go)
     }
 
@@ -97,7 +100,12 @@ impl Vmm {
 ///
 /// # Errors
 /// If the guest runs nowhere.
-fn leave(mut leaving: Leaving<'_, AnyGuest>, offer: Offer, channel: &Channel) -> Result<(), LostError> {
+fn leave(
+    mut leaving: Leaving<'_, AnyGuest>,
+    offer: Offer,
+    channel: &Channel,
+    place: Option<&Place>,
+) -> Result<(), LostError> {
     let prepared = leaving.preserve(offer).map_err(anyhow::Error::new).and_then(|preserved| {
         let rate = TscRate::measure().context("cannot tell how fast the host's TSC runs")?;
         Ok((preserved, rate))
@@ -116,10 +124,10 @@ fn leave(mut leaving: Leaving<'_, AnyGuest>, offer: Offer, channel: &Channel) ->
     let mut failed = None;
     while let Some(request) = next_request(channel) {
         match request {
-            Request::Seal => match leaving.seal(&rate) {
+            Request::Seal => match seal(&mut leaving, &rate, place) {
                 Ok(epoch) => tell(channel, &Answer::Sealed(sealed_report(epoch, leaving.timeline()))),
                 Err(error) => {
-                    failed = Some(format!("{:#}", anyhow::Error::new(error)));
+                    failed = Some(format!("{error:#}"));
                     break;
                 }
             },
@@ -135,6 +143,15 @@ fn leave(mut leaving: Leaving<'_, AnyGuest>, offer: Offer, channel: &Channel) ->
     let pause_us = pause.map(measure::micros_of);
     tell(channel, &failed.map_or(Answer::WentOn { pause_us }, Answer::Error));
     Ok(())
+}
+
+/// Has the guest stand still, and seals the machine; of one at a path its note says so, there.
+fn seal(leaving: &mut Leaving<'_, AnyGuest>, rate: &TscRate, place: Option<&Place>) -> anyhow::Result<u32> {
+    let epoch = leaving.seal(rate)?;
+    if let (Some(place), Some(note)) = (place, leaving.note()) {
+        place.write(note)?;
+    }
+    Ok(epoch)
 }
 
 /// `None` if nobody is there who could ask, or who is cannot be understood: then all is to be as before.

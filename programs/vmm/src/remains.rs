@@ -14,6 +14,7 @@ use fdpass::Channel;
 use fdpass::MAX_MESSAGE_FDS;
 use gmem::Freeze;
 use machine::update::Guest as _;
+use path::Place;
 use region::Region;
 use socket::Origin;
 use socket::Program;
@@ -113,6 +114,31 @@ impl Vmm {
         let (origin, stored) = (Origin::LeftBehind, self.deposit.is_some());
         let custody = Custody { note: self.note()?, vcpus: count, pid, origin, on_oom, stored };
         Ok((Answer::Custody(Box::new(custody)), fds))
+    }
+
+    /// Looks where the machine lies, if it is found by its path: from then on this process says so if it goes away under it.
+    pub(crate) fn find_place(&mut self) -> anyhow::Result<()> {
+        self.place = Place::of(&self.machine).context("the machine's path")?;
+        if self.place.is_some() {
+            region::guard().context("cannot see to it that memory which goes away is noticed")?;
+        }
+        Ok(())
+    }
+
+    /// Notes of a machine that is found by its path what its next VMM has to know.
+    pub(crate) fn renew_note_at_path(&self) {
+        let Some(place) = &self.place else { return };
+        if let Err(error) = self.note().and_then(|note| Ok(place.write(&note)?)) {
+            warn!(error = &*error, "what the VMM before this one has noted is found by the machine's path");
+        }
+    }
+
+    /// The machine is over: nobody is to find it by its path.
+    pub(crate) fn give_up_place(&mut self) {
+        let Some(place) = self.place.take() else { return };
+        if let Err(error) = place.empty() {
+            warn!(error = &error as &dyn std::error::Error, "the machine's file stays");
+        }
     }
 
     /// What this VMM leaves for the machine's next life, if nothing but memory gets there.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
 
+use anyhow::bail;
 use fdpass::Channel;
 use fdpass::monotonic_ns;
 use fdstore::Deposit;
@@ -14,6 +15,7 @@ use machine::Machine;
 use machine::OwnershipWord;
 use machine::update::Guest as _;
 use machine::update::Step;
+use path::Place;
 use pulse::Mailboxes;
 use serde::Deserialize;
 use serde::Serialize;
@@ -42,7 +44,6 @@ use crate::crossing::Crossing;
 use crate::first;
 use crate::guest;
 use crate::guest::AnyGuest;
-use crate::guest::GuestError;
 use crate::guest::MemoryWords;
 use crate::guest::Served;
 use crate::measure;
@@ -160,6 +161,8 @@ pub(crate) struct Vmm {
     pub(crate) at_rest: AtRest,
     /// What the service manager keeps of the machine, if its VMMs are a service.
     pub(crate) deposit: Option<Deposit>,
+    /// Where the machine lies, if it is found by its path.
+    pub(crate) place: Option<Place>,
     /// Is told of the steps of updates from here.
     pub(crate) watch: Watch,
 }
@@ -247,6 +250,7 @@ impl Vmm {
             updated: None,
             at_rest: AtRest::default(),
             deposit: None,
+            place: None,
             watch: unwatched(),
         }
     }
@@ -254,8 +258,20 @@ impl Vmm {
     /// Lets a new machine's guest run.
     ///
     /// # Errors
-    /// [`GuestError`]
-    pub(crate) fn begin(&mut self) -> Result<(), GuestError> {
+    /// If it does not, or the machine could not be found by its path.
+    pub(crate) fn begin(&mut self) -> anyhow::Result<()> {
+        self.find_place()?;
+        if let Some(place) = &self.place {
+            if self.spec.through_kexec && !place.survives_kexec() {
+                let at = place.file().path().display();
+                bail!(
+                    "{at} does not outlive this kernel: --through-kexec takes a file on reserved memory, or a devdax device"
+                );
+            }
+            // What goes through a kexec is what it lies in.
+            self.spec.through_kexec = place.survives_kexec();
+            place.write(&self.note()?)?;
+        }
         self.guest.guest.start()?;
         guest::serves(&*self.guest.guest, &self.machine);
         Ok(())
@@ -494,9 +510,10 @@ impl Vmm {
             epoch: self.machine.ownership().ok().map(OwnershipWord::epoch),
             frozen: memory.inode.is_frozen(),
             last_pause_us: self.last_pause_us(),
-            kept: self.deposit.is_some() || self.clients.keepers().next().is_some(),
+            kept: self.place.is_some() || self.deposit.is_some() || self.clients.keepers().next().is_some(),
             recoveries: self.history.recoveries,
             stored: self.deposit.is_some(),
+            path: self.place.as_ref().map(|place| place.file().path().to_owned()),
         }
     }
 }

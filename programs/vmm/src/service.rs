@@ -395,6 +395,7 @@ fn cgroups(process: u32) -> Option<String> {
 impl Vmm {
     /// Has the manager keep a note of this VMM in place of those of the ones before it.
     pub(crate) fn renew_note(&mut self) {
+        self.renew_note_at_path();
         if self.deposit.is_none() {
             return;
         }
@@ -409,6 +410,7 @@ impl Vmm {
 
     /// The machine is over.
     pub(crate) fn give_up_deposit(&mut self) {
+        self.give_up_place();
         let Some(mut deposit) = self.deposit.take() else { return };
         if let Err(error) = deposit.empty() {
             warn!(

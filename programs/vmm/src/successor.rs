@@ -347,6 +347,7 @@ impl Loaded {
             updated: None,
             at_rest: AtRest::default(),
             deposit,
+            place: None,
             watch: unwatched(),
         }
     }
@@ -391,6 +392,10 @@ fn begin(
         updated = Some(restart.report(&timeline, &seen));
     }
     let mut vmm = Vmm { updated, ..loaded.serve(machine, words, is_updated) };
+    if let Err(error) = vmm.find_place() {
+        // It runs, and what its last VMM noted is there.
+        warn!(error = &*error, "what this VMM notes of the machine is not found by its path");
+    }
     vmm.renew_note();
     Ok(vmm)
 }

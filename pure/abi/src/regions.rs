@@ -7,9 +7,12 @@
 //! | --- | --- | --- |
 //! | 1 | base, size, page size, inode number; every store is a memfd | where that is all there is to say |
 //! | 2 | also other stores, and the NUMA policy | where it is needed |
+//! | 3 | also the store that is a path | where it is needed |
 //!
 //! So a machine that needs nothing new can be handed to a program that knows version 1 only, and such a program
 //! hears the name of what it does not know.
+//!
+//! The regions of a machine that lies at a path are parts of one file: all of them, or none.
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -43,9 +46,9 @@ const MAX_ENTRIES: u64 = 256;
 
 /// The format, as it is read and as its newest version is written.
 pub const FORMAT: Format = Format {
-    compatible: "tideover-regions-v2",
+    compatible: "tideover-regions-v3",
     kind: *b"REGS",
-    version: 2,
+    version: 3,
     oldest: 1,
     max_payload_bytes: 16 + 176 * MAX_ENTRIES,
 };
@@ -57,6 +60,9 @@ pub const V1: Format = Format {
     max_payload_bytes: 16 + 40 * MAX_ENTRIES,
     ..FORMAT
 };
+
+/// The format's second version, as it is still written.
+pub const V2: Format = Format { compatible: "tideover-regions-v2", version: 2, ..FORMAT };
 
 /// Name of the KHO subtree.
 pub const SUBTREE: SubtreeName = SubtreeName::literal("regions");
@@ -70,6 +76,9 @@ pub enum Store {
     Hugetlb,
     /// A guest_memfd of KVM that user space may map and touch.
     GuestMemfd,
+    /// A part of a file that has a name, or of a device: of a file system on memory (fsdax, hugetlbfs, tmpfs), or a devdax device. It
+    /// has every page from its making to its end.
+    Path,
 }
 
 impl Store {
@@ -78,6 +87,7 @@ impl Store {
             Self::Memfd => 1,
             Self::Hugetlb => 2,
             Self::GuestMemfd => 3,
+            Self::Path => 4,
         }
     }
 
@@ -86,6 +96,7 @@ impl Store {
             (_, 1) => Ok(Self::Memfd),
             (2.., 2) => Ok(Self::Hugetlb),
             (2.., 3) => Ok(Self::GuestMemfd),
+            (3.., 4) => Ok(Self::Path),
             (_, found) => Err(place.bad("store", Problem::Unknown { found: found.into() })),
         }
     }
@@ -97,6 +108,7 @@ impl fmt::Display for Store {
             Self::Memfd => "memfd",
             Self::Hugetlb => "hugetlb memfd",
             Self::GuestMemfd => "guest_memfd",
+            Self::Path => "file at a path",
         })
     }
 }
@@ -148,8 +160,13 @@ pub struct RegionEntry {
 }
 
 /// The oldest version that can say all of this.
-fn format_for(mut entries: impl Iterator<Item = (Store, Policy)>) -> &'static Format {
-    if entries.all(|entry| entry == (Store::Memfd, Policy::Default)) { &V1 } else { &FORMAT }
+fn format_for(entries: impl Iterator<Item = (Store, Policy)>) -> &'static Format {
+    entries.fold(&V1, |format, (store, policy)| match (store, policy) {
+        (Store::Path, _) => &FORMAT,
+        (Store::Memfd, Policy::Default) => format,
+        _ if format.version < V2.version => &V2,
+        _ => format,
+    })
 }
 
 /// Compatible string of the table that [`encode`] writes for regions of these stores and policies: what a reader
@@ -185,7 +202,7 @@ pub fn encode(entries: &[RegionEntry]) -> Vec<u8> {
 /// A table as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegionTable {
-    /// Its regions, by ascending base. Region 0 is a memfd.
+    /// Its regions, by ascending base. Region 0 is a memfd, or all of them lie at a path.
     pub entries: Vec<RegionEntry>,
     /// Bytes of its record.
     pub len_bytes: u64,
@@ -194,7 +211,7 @@ pub struct RegionTable {
 /// Reads the table at `address`.
 ///
 /// # Errors
-/// [`Malformed`] if it is none, its first region is no memfd at 0, two regions overlap or do not ascend, or one's
+/// [`Malformed`] if it is none, its first region is not at 0, or neither a memfd nor with all others at a path, two regions overlap or do not ascend, or one's
 /// size and store cannot go together.
 pub fn read(memory: &(impl Memory + ?Sized), address: u64) -> Result<RegionTable, Malformed> {
     read_on(memory, address, &mut stop)
@@ -229,7 +246,12 @@ pub fn read_on(
     };
     let first = entries.first().ok_or_else(|| place.bad("count", Problem::Zero))?;
     place.expect("base", first.range.start().address(), 0)?;
-    place.expect("store", first.store.code().into(), Store::Memfd.code().into())?;
+    let whole = if first.store == Store::Path { Store::Path } else { Store::Memfd };
+    place.expect("store", first.store.code().into(), whole.code().into())?;
+    // One file is one machine's: what is at a path is there as a whole.
+    if let Some(other) = entries.iter().find(|entry| (entry.store == Store::Path) != (whole == Store::Path)) {
+        place.expect("store", other.store.code().into(), whole.code().into())?;
+    }
     match entries.windows(2).find(|pair| pair[1].range.start().get() < pair[0].range.end()) {
         Some(pair) => Err(place.bad("base", Problem::Repeated { found: pair[1].range.start().address() })),
         None => Ok(RegionTable { entries, len_bytes: HEADER_BYTES + payload.len() as u64 }),
@@ -346,6 +368,20 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_at_a_path_has_all_of_its_regions_there_and_needs_version_3() {
+        let at = |entry| RegionEntry { store: Store::Path, ..entry };
+        let entries =
+            [at(entry(0, 0x10000)), RegionEntry { page_bytes: 2 << 20, ..at(entry(1 << 30, 4 << 20)) }];
+        assert_eq!(read_back(&entries).unwrap(), entries);
+        assert_eq!(written(&entries), "tideover-regions-v3");
+        for some in [[entries[0], entry(1 << 30, 0x1000)], [entry(0, 0x1000), entries[1]]] {
+            assert_eq!(read_back(&some).unwrap_err().field, "store", "{some:?}");
+        }
+        let payload = encode(&entries)[32..].to_vec();
+        assert_eq!(read_bytes(&V2.encode(&payload)).unwrap_err().field, "store", "version 2 knows none");
+    }
+
+    #[test]
     fn a_reader_of_version_1_names_the_version_that_it_does_not_know() {
         let mut memory = vec![0; 4096];
         memory.extend(encode(&[entry(0, 0x1000), hugetlb(1 << 30, 2 << 20)]));
@@ -368,7 +404,7 @@ mod tests {
         let entries = [entry(0, 0x1000), RegionEntry { policy, ..hugetlb(1 << 30, 4 << 20) }];
         let mut payload = encode(&entries)[32..].to_vec();
         payload[16 + 176 + at] = byte;
-        read_bytes(&FORMAT.encode(&payload)).map_or_else(|error| error.field, |_| "none")
+        read_bytes(&V2.encode(&payload)).map_or_else(|error| error.field, |_| "none")
     }
 
     #[test]

@@ -136,7 +136,7 @@ pub const RULES: &[Rule] = &[
     error("state-epoch", "tideover-state-v1", "all states were saved for one seal"),
     error(
         "regions",
-        "tideover-regions-v2",
+        "tideover-regions-v3",
         "regions ascend, do not overlap, and have sizes that fit their stores",
     ),
     error(

@@ -283,14 +283,14 @@ impl Inode {
     }
 
     /// Makes every byte zero, as in new memory: for a guest that boots again. Pages are given back, but for those of
-    /// hugetlb memory, which are written.
+    /// hugetlb memory and at a path, which are written.
     ///
     /// # Errors
     /// [`ChangeError`]
     pub fn clear(&self) -> Result<(), ChangeError> {
         let size_bytes = self.size_bytes();
         self.change(0, size_bytes, |inode| match inode.mapping.region().store() {
-            Store::Hugetlb => {
+            Store::Hugetlb | Store::Path => {
                 // All of the mapping is in it.
                 let _ = inode.mapping.write_zeros(0, size_bytes);
                 Ok(())

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::os::fd::AsFd as _;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -28,9 +29,11 @@ use region::OutOfRange;
 use region::PageSize;
 use region::Region;
 use region::RegionError;
+use region::Store;
 use region::liveness;
 use region::liveness::LivenessError;
 use region::liveness::LivenessLock;
+use region::path;
 use thiserror::Error;
 
 use crate::CreateError;
@@ -123,6 +126,16 @@ pub enum AttachError {
         told: u64,
         /// In truth.
         came: u64,
+    },
+    /// A region's memory comes from elsewhere than the metadata says.
+    #[error("region {index} is a {came}, the metadata says {told}")]
+    Store {
+        /// Its number.
+        index: usize,
+        /// In the region table.
+        told: Store,
+        /// In truth.
+        came: Store,
     },
     /// The arena holds no session, or several.
     #[error("the arena holds {sessions} sessions, and should hold the machine's alone")]
@@ -250,7 +263,7 @@ impl Incoming {
         let came = offered.len();
         let mut offered = offered.into_iter();
         let first = offered.next().ok_or(AttachError::NoRegions)?;
-        let region0 = Region::accept("metadata", first.fd, first.len_bytes);
+        let region0 = accept_region0(first.fd, first.len_bytes);
         let region0 = Arc::new(region0.and_then(Region::map).map_err(AttachError::Region)?);
         // Without, the same pages come one by one, while the guest stands still.
         let _ = region0.prefault_first(layout::HOT_BYTES);
@@ -261,8 +274,9 @@ impl Incoming {
             return Err(AttachError::Regions { told: entries.len(), came });
         }
         check_region(0, &entries[0], &region0, files)?;
-        for ((index, entry), region) in (1..).zip(&entries[1..]).zip(offered) {
-            let mapping = accept(index, entry, region)?;
+        let parts = layout::parts(entries.iter().map(|entry| entry.range.len_bytes())).skip(1);
+        for (((index, entry), at), region) in (1..).zip(&entries[1..]).zip(parts).zip(offered) {
+            let mapping = accept(index, entry, at, region)?;
             check_region(index, entry, &mapping, files)?;
             // The table was checked for overlap when it was read.
             let _ = arena.place(entry.range, mapping);
@@ -454,13 +468,33 @@ impl Claimed {
     }
 }
 
-/// Takes region `index` for what the region table says of it, and maps it. Pages that are made here come from where
-/// it says, too.
-fn accept(index: usize, entry: &RegionEntry, offered: OfferedRegion) -> Result<Arc<Mapping>, AttachError> {
+/// Takes a descriptor that came from elsewhere for a machine's region 0, which has so many bytes: a memfd, or a part of the file that the
+/// machine lies in.
+///
+/// # Errors
+/// [`RegionError`] if it is none.
+pub fn accept_region0(fd: OwnedFd, len_bytes: u64) -> Result<Region, RegionError> {
+    match path::is_path(fd.as_fd()) {
+        true => Region::part("metadata", fd, path::REGION0_AT, len_bytes),
+        false => Region::accept("metadata", fd, len_bytes),
+    }
+}
+
+/// Takes region `index` for what the region table says of it, and maps it; at a path it lies `at` so many bytes. Pages that are made
+/// here come from where it says, too.
+fn accept(
+    index: usize,
+    entry: &RegionEntry,
+    at: u64,
+    offered: OfferedRegion,
+) -> Result<Arc<Mapping>, AttachError> {
     let told = entry.page_bytes;
     let page_size = PageSize::of_bytes(told).ok_or(AttachError::PageSize { index, told })?;
     let OfferedRegion { fd, len_bytes } = offered;
-    let region = Region::accept_as("memory", fd, len_bytes, entry.store, page_size);
+    let region = match entry.store {
+        Store::Path => Region::part("memory", fd, at, len_bytes),
+        store => Region::accept_as("memory", fd, len_bytes, store, page_size),
+    };
     let mapping = region.and_then(|region| region.map_with(&entry.policy, &mut |_, _| {}));
     Ok(Arc::new(mapping.map_err(AttachError::Region)?))
 }
@@ -499,6 +533,10 @@ fn check_region(
     let (told, came) = (entry.range.len_bytes(), mapping.len_bytes());
     if told != came {
         return Err(AttachError::Size { index, told, came });
+    }
+    let (told, came) = (entry.store, mapping.region().store());
+    if told != came {
+        return Err(AttachError::Store { index, told, came });
     }
     let (told, came) = (entry.file, mapping.region().file_number().map_err(AttachError::Region)?);
     if told == came || files == Files::MadeAgain {

@@ -6,6 +6,8 @@ use abi::regions::Store;
 use luo::Token;
 use pages::PAGE_SIZE;
 use pages::PageRange;
+use region::path::MEMORY_AT;
+use region::path::REGION0_AT;
 
 /// Bytes of region 0. Sparse: only what is used takes memory.
 pub(crate) const REGION0_BYTES: u64 = 8 << 20;
@@ -14,6 +16,8 @@ pub(crate) const REGION0_BYTES: u64 = 8 << 20;
 pub(crate) const HOT_BYTES: u64 = 512 << 10;
 /// Guest memory starts at multiples of this, so that huge pages of any size are aligned in the arena, too.
 const ALIGN: u64 = 1 << 30;
+/// The same in the file of a machine at a path.
+const PART_ALIGN: u64 = 2 << 20;
 
 /// The machine's own record.
 pub(crate) const VM_TOKEN: Token = Token(1);
@@ -86,10 +90,10 @@ pub(crate) struct Wanted {
     pub(crate) policy: Policy,
 }
 
-/// Places for region 0 and for these pieces of guest memory. `None` if the address space ends before they do.
-pub(crate) fn places(memories: impl Iterator<Item = Wanted>) -> Option<Vec<MemoryPlace>> {
+/// Places for region 0, which comes from `store`, and for these pieces of guest memory. `None` if the address space ends before they do.
+pub(crate) fn places(store: Store, memories: impl Iterator<Item = Wanted>) -> Option<Vec<MemoryPlace>> {
     let frames = PageRange::of_bytes(0, REGION0_BYTES).ok()?;
-    let region0 = MemoryPlace { frames, page_bytes: PAGE_SIZE, store: Store::Memfd, policy: Policy::Default };
+    let region0 = MemoryPlace { frames, page_bytes: PAGE_SIZE, store, policy: Policy::Default };
     let mut places = vec![region0];
     let mut next = ALIGN;
     for Wanted { size_bytes, page_bytes, store, policy } in memories {
@@ -98,6 +102,20 @@ pub(crate) fn places(memories: impl Iterator<Item = Wanted>) -> Option<Vec<Memor
         next = next.checked_add(size_bytes)?.checked_next_multiple_of(ALIGN)?;
     }
     Some(places)
+}
+
+/// Where each region lies in the file of a machine at a path: region 0, then the pieces of guest memory, one after the other.
+pub(crate) fn parts(sizes_bytes: impl Iterator<Item = u64>) -> impl Iterator<Item = u64> {
+    let mut next = MEMORY_AT;
+    sizes_bytes.enumerate().map(move |(index, size_bytes)| match index {
+        0 => REGION0_AT,
+        _ => {
+            let at = next;
+            // One that ends beyond all addresses does not lie in the file, which is found out there.
+            next = next.saturating_add(size_bytes).checked_next_multiple_of(PART_ALIGN).unwrap_or(u64::MAX);
+            at
+        }
+    })
 }
 
 #[cfg(test)]
@@ -111,7 +129,7 @@ mod tests {
             store: Store::Memfd,
             policy: Policy::Default,
         };
-        places(sizes.iter().map(wanted))
+        places(Store::Memfd, sizes.iter().map(wanted))
     }
 
     #[test]
@@ -119,6 +137,14 @@ mod tests {
         let places = of_sizes(&[64 << 20, 3 << 30, 4096]).unwrap();
         let starts: Vec<u64> = places.iter().map(|place| place.frames.start().address() >> 30).collect();
         assert_eq!(starts, [0, 1, 2, 5]);
+    }
+
+    #[test]
+    fn parts_of_a_file_lie_behind_each_other_at_whole_huge_pages() {
+        let sizes = [REGION0_BYTES, 4 << 20, 4096, 2 << 20, u64::MAX, 1];
+        let at: Vec<u64> = parts(sizes.into_iter()).collect();
+        assert_eq!(at, [2 << 20, 16 << 20, 20 << 20, 22 << 20, 24 << 20, u64::MAX]);
+        const { assert!(REGION0_AT + REGION0_BYTES <= MEMORY_AT) };
     }
 
     #[test]

@@ -50,6 +50,7 @@ pub use incoming::ClaimError;
 pub use incoming::Claimed;
 pub use incoming::Incoming;
 pub use incoming::OfferedRegion;
+pub use incoming::accept_region0;
 pub use layout::MemoryPlace;
 pub use machine::CreateError;
 pub use machine::Machine;

@@ -46,6 +46,7 @@ use region::Want;
 use region::WarmError;
 use region::liveness::LivenessError;
 use region::liveness::LivenessLock;
+use region::path::PathFile;
 use thiserror::Error;
 
 use crate::foreign::FdFile;
@@ -74,6 +75,8 @@ pub enum MemoryStore {
     Hugetlb,
     /// A guest_memfd, which the VMM's first VM object made. Successors use it as plain memory.
     GuestMemfd(Arc<GuestMemfd>),
+    /// A file or device that is found by its path, and all zero. All of the machine lies there, region 0 too.
+    Path(Arc<PathFile>),
 }
 
 impl MemoryStore {
@@ -82,6 +85,7 @@ impl MemoryStore {
             Self::Memfd => Store::Memfd,
             Self::Hugetlb => Store::Hugetlb,
             Self::GuestMemfd(_) => Store::GuestMemfd,
+            Self::Path(_) => Store::Path,
         }
     }
 }
@@ -550,7 +554,8 @@ impl Machine {
 /// Every format that [`Incoming`](crate::Incoming) can read.
 pub fn readable_formats() -> Vec<String> {
     let files = [abi::vm::FORMAT, abi::gmem::FORMAT, abi::state::FORMAT, abi::foreign::FORMAT];
-    let own = [regions::FORMAT].into_iter().chain(files).map(|format| format.compatible.to_owned());
+    let own =
+        [regions::V2, regions::FORMAT].into_iter().chain(files).map(|format| format.compatible.to_owned());
     arena_formats(regions::V1.compatible).into_iter().chain(own).collect()
 }
 
@@ -572,7 +577,7 @@ fn check(spec: &Spec) -> Result<Vec<MemoryPlace>, CreateError> {
     if !spec.memories.iter().all(|memory| memory.page_size.suits(memory.store.kind())) {
         return refuse("its memory comes from where there are no pages of the size asked for");
     }
-    if let Err(why) = check_guest_memfds(spec) {
+    if let Err(why) = check_guest_memfds(spec).and_then(|()| check_path(spec)) {
         return refuse(why);
     }
     let whole = |memory: &MemorySpec| memory.size_bytes.is_multiple_of(memory.page_size.bytes());
@@ -584,7 +589,8 @@ fn check(spec: &Spec) -> Result<Vec<MemoryPlace>, CreateError> {
     {
         return refuse("two pieces of its memory, or two of its states, have one name");
     }
-    match layout::places(spec.memories.iter().map(MemorySpec::wanted)) {
+    let store = path(spec).map_or(Store::Memfd, |_| Store::Path);
+    match layout::places(store, spec.memories.iter().map(MemorySpec::wanted)) {
         Some(places) => Ok(places),
         None => refuse("its memory is larger than an address space"),
     }
@@ -604,6 +610,25 @@ fn check_guest_memfds(spec: &Spec) -> Result<(), &'static str> {
         seen.push(file);
     }
     Ok(())
+}
+
+/// Where all of the machine lies, if that has a path.
+fn path(spec: &Spec) -> Option<&Arc<PathFile>> {
+    spec.memories.iter().find_map(|memory| match &memory.store {
+        MemoryStore::Path(file) => Some(file),
+        _ => None,
+    })
+}
+
+/// What lies at a path lies there as a whole.
+fn check_path(spec: &Spec) -> Result<(), &'static str> {
+    let Some(path) = path(spec) else { return Ok(()) };
+    let there =
+        |memory: &MemorySpec| matches!(&memory.store, MemoryStore::Path(file) if Arc::ptr_eq(file, path));
+    match spec.memories.iter().all(there) {
+        true => Ok(()),
+        false => Err("some of its memory lies at a path, and some does not"),
+    }
 }
 
 /// Looks whether the host can give all of the guest memory, before any of it is made.
@@ -659,21 +684,28 @@ fn make_regions(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(Arena, Vec<Memory>), CreateError> {
     ask_host(spec)?;
-    let region0 = Region::create(&format!("{}.metadata", spec.name), layout::REGION0_BYTES);
+    let path = path(spec);
+    let sizes = places.iter().map(|place| place.frames.len_bytes());
+    let mut parts = layout::parts(sizes);
+    let (name, at) = (format!("{}.metadata", spec.name), parts.next().unwrap_or_default());
+    let region0 = match path {
+        Some(file) => file.part(&name, at, layout::REGION0_BYTES),
+        None => Region::create(&name, layout::REGION0_BYTES),
+    };
     let region0 = Arc::new(region0.and_then(Region::map).map_err(CreateError::Region)?);
     region0.prefault_first(layout::HOT_BYTES).map_err(CreateError::Warm)?;
     let mut arena = Arena::new(region0);
     let mut memories = Vec::new();
     let total: u64 = spec.memories.iter().map(|memory| memory.size_bytes).sum();
     let mut done = 0;
-    for (memory, place) in spec.memories.iter().zip(&places[1..]) {
+    for ((memory, place), at) in spec.memories.iter().zip(&places[1..]).zip(parts) {
         let name = region_name(spec, memory);
-        let (mapping, account) = make_memory(memory, &name, &mut |here| progress(done + here, total))?;
+        let (mapping, account) = make_memory(memory, &name, at, &mut |here| progress(done + here, total))?;
         done += memory.size_bytes;
         let (of, frames) = (Arc::clone(&mapping), place.frames);
         let inode = match &memory.store {
             MemoryStore::GuestMemfd(file) => Inode::of_guest_memfd(memory.name, identity, of, frames, file),
-            MemoryStore::Memfd | MemoryStore::Hugetlb => {
+            MemoryStore::Memfd | MemoryStore::Hugetlb | MemoryStore::Path(_) => {
                 Inode::new(memory.name, identity, of, frames, flags::MMAP | flags::INIT_SHARED)
             }
         };
@@ -684,16 +716,19 @@ fn make_regions(
     Ok((arena, memories))
 }
 
-/// Makes a piece of guest memory and maps it, warmed up if that is asked for. `progress` gets bytes done.
+/// Makes a piece of guest memory and maps it, warmed up if that is asked for. One at a path lies there `at` so many bytes. `progress` gets
+/// bytes done.
 fn make_memory(
     memory: &MemorySpec,
     name: &str,
+    at: u64,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(Arc<Mapping>, Option<Account>), CreateError> {
     let region = match &memory.store {
         MemoryStore::Memfd => Region::create(name, memory.size_bytes),
         MemoryStore::Hugetlb => Region::create_hugetlb(name, memory.size_bytes, memory.page_size),
         MemoryStore::GuestMemfd(file) => file.region(name),
+        MemoryStore::Path(file) => file.part(name, at, memory.size_bytes),
     };
     let mapping = region.and_then(|region| region.map_with(&memory.policy, &mut |here, _| progress(here)));
     let mapping = Arc::new(mapping.map_err(CreateError::Region)?);

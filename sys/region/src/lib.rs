@@ -8,7 +8,7 @@
 //! Everybody who holds a region may write it at any time. So nothing here hands out a reference to its
 //! bytes: they are copied in and out, or read and written as single words.
 //!
-//! Its memory comes from one of three stores:
+//! Its memory comes from one of four stores; what lies at a [`path`] is the fourth:
 //!
 //! | | [`Store::Memfd`] | [`Store::Hugetlb`] | [`Store::GuestMemfd`] |
 //! | --- | --- | --- | --- |
@@ -28,6 +28,8 @@
 //! | physical addresses | [`Arena`] |
 //! | is its holder alive? | [`liveness`] |
 //! | which physical pages? | [`pagemap`] |
+//! | a machine that is found by a path | [`path`] |
+//! | say so when memory goes away | [`guard()`] |
 #![expect(
     unsafe_code,
     reason = "maps memory and makes the madvise, mincore, mbind and fcntl calls that rustix leaves out"
@@ -35,11 +37,13 @@
 
 pub mod arena;
 mod available;
+mod guard;
 mod hugepages;
 pub mod liveness;
 mod mapping;
 mod numa;
 pub mod pagemap;
+pub mod path;
 mod poison;
 mod warm;
 
@@ -62,6 +66,8 @@ pub use available::Transparent;
 pub use available::Want;
 pub use available::ask;
 pub use available::available;
+pub use guard::EXIT_CODE;
+pub use guard::guard;
 pub use hugepages::HugePages;
 pub use hugepages::Shortage;
 pub use mapping::Mapping;
@@ -114,6 +120,7 @@ impl PageSize {
             (Store::Memfd, Self::Small | Self::Huge)
                 | (Store::Hugetlb, Self::Huge | Self::Giant)
                 | (Store::GuestMemfd, Self::Small)
+                | (Store::Path, Self::Small | Self::Huge)
         )
     }
 
@@ -183,9 +190,9 @@ pub enum RegionError {
         /// What is lacking, and what to do.
         shortage: Box<Shortage>,
     },
-    /// A page of hugetlb memory was to be given back.
+    /// A page was to be given back of a region that has all of them for good.
     #[error(
-        "the region {name} keeps its huge pages: another one might not be had, and who touched the hole would be \
+        "the region {name} keeps its pages: another one might not be had, and who touched the hole would be \
          killed"
     )]
     Whole {
@@ -268,6 +275,8 @@ pub(crate) const STEP_BYTES: usize = 32 << 20;
 #[derive(Debug)]
 pub struct Region {
     fd: OwnedFd,
+    /// Where it begins in its file.
+    at: u64,
     len_bytes: u64,
     name: String,
     store: Store,
@@ -308,7 +317,7 @@ impl Region {
     }
 
     fn new(name: &str, fd: OwnedFd, len_bytes: u64, store: Store, page_size: PageSize) -> Self {
-        Self { fd, len_bytes, name: name.to_owned(), store, page_size, filled: Mutex::default() }
+        Self { fd, at: 0, len_bytes, name: name.to_owned(), store, page_size, filled: Mutex::default() }
     }
 
     /// Takes a descriptor that came from another process for a memfd of `len_bytes` bytes; see
@@ -341,6 +350,9 @@ impl Region {
             Store::Memfd | Store::Hugetlb => check_seals(&fd).map_err(not)?,
             Store::GuestMemfd if is_guest_memfd(&fd) => {}
             Store::GuestMemfd => return Err(not("is no guest_memfd".to_owned())),
+            Store::Path => {
+                return Err(not("is a part of a file, and nobody says where it lies there".to_owned()));
+            }
         }
         let page_size = if store == Store::Hugetlb { page_size } else { PageSize::Small };
         let stat = rustix::fs::fstat(&fd).map_err(|errno| call_error("look at", name, errno))?;
@@ -377,6 +389,10 @@ impl Region {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Mapping, RegionError> {
         Mapping::new(self, policy, progress)
+    }
+
+    pub(crate) fn at(&self) -> u64 {
+        self.at
     }
 
     /// Its size.
@@ -417,8 +433,11 @@ impl Region {
     /// # Errors
     /// [`RegionError::Call`] if the kernel does not say, though it should.
     pub fn allocated_bytes(&self) -> Result<Option<u64>, RegionError> {
-        if self.store == Store::GuestMemfd {
-            return Ok(None);
+        match self.store {
+            Store::GuestMemfd => return Ok(None),
+            // Its file was filled when it was made.
+            Store::Path => return Ok(Some(self.len_bytes)),
+            Store::Memfd | Store::Hugetlb => {}
         }
         Ok(Some(u64::try_from(self.stat()?.st_blocks).unwrap_or_default() * 512))
     }
@@ -440,6 +459,9 @@ impl Region {
     /// # Errors
     /// [`RegionError::Call`], with ENOSPC or ENOMEM if there is no memory; then some may have got pages.
     pub fn allocate(&self, offset: u64, len: u64) -> Result<(), RegionError> {
+        if self.store == Store::Path {
+            return Ok(());
+        }
         let what = "allocate in";
         let error = |errno| call_error(what, &self.name, errno);
         let allocate = |at, len| rustix::fs::fallocate(&self.fd, FallocateFlags::KEEP_SIZE, at, len);
@@ -484,7 +506,7 @@ impl Region {
     /// Gives the pages of `offset..offset + len` back; they read as zero from now on.
     ///
     /// # Errors
-    /// [`RegionError::Whole`] for hugetlb memory; [`RegionError::Call`] if the kernel refuses.
+    /// [`RegionError::Whole`] for hugetlb memory, and at a path; [`RegionError::Call`] if the kernel refuses.
     pub fn punch(&self, offset: u64, len: u64) -> Result<(), RegionError> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         // A signal in between leaves some of it done, which does no harm when it is done again.
@@ -494,7 +516,7 @@ impl Region {
         };
         match self.store {
             Store::Memfd => punch(),
-            Store::Hugetlb => Err(RegionError::Whole { name: self.name.clone() }),
+            Store::Hugetlb | Store::Path => Err(RegionError::Whole { name: self.name.clone() }),
             Store::GuestMemfd => {
                 let mut filled = self.filled.lock().unwrap_or_else(PoisonError::into_inner);
                 *filled = false;
@@ -553,7 +575,9 @@ fn check_pages(name: &str, fd: &OwnedFd, store: Store, page_size: PageSize) -> R
     let of = rustix::fs::fstatfs(fd).map_err(|errno| call_error("look at", name, errno))?;
     match (store, of.f_type == libc::HUGETLBFS_MAGIC) {
         (Store::Hugetlb, false) => not("is not of huge pages".to_owned()),
-        (Store::Memfd | Store::GuestMemfd, true) => not("is of huge pages from the host's pool".to_owned()),
+        (Store::Memfd | Store::GuestMemfd | Store::Path, true) => {
+            not("is of huge pages from the host's pool".to_owned())
+        }
         (Store::Hugetlb, true) if u64::try_from(of.f_bsize) != Ok(page_size.bytes()) => {
             not(format!("has pages of {} bytes, not of {page_size}", of.f_bsize))
         }

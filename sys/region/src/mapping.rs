@@ -85,7 +85,7 @@ impl Mapping {
                 prot,
                 MapFlags::SHARED | MapFlags::FIXED,
                 &region,
-                0,
+                region.at(),
             )
         };
         if let Err(errno) = mapped {
@@ -103,7 +103,7 @@ impl Mapping {
             .map_err(|errno| call_error("keep out of core dumps", mapping.region.name(), errno))?;
         mapping.set_policy(policy)?;
         match mapping.region.store() {
-            Store::Memfd => {}
+            Store::Memfd | Store::Path => {}
             Store::Hugetlb if mapping.region.is_whole()? => {}
             Store::Hugetlb => mapping
                 .populate_all(progress, &mut |_, _| {})
@@ -150,7 +150,14 @@ impl Mapping {
         let page = 4096;
         // SAFETY: a new mapping wherever there is room; it replaces nothing.
         let address = unsafe {
-            rustix::mm::mmap(ptr::null_mut(), page, ProtFlags::empty(), MapFlags::SHARED, &self.region, 0)
+            rustix::mm::mmap(
+                ptr::null_mut(),
+                page,
+                ProtFlags::empty(),
+                MapFlags::SHARED,
+                &self.region,
+                self.region.at(),
+            )
         };
         let address = address.map_err(|errno| call_error("map", self.region.name(), errno))?;
         Ok(Glance(address.addr(), address))

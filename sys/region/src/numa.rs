@@ -106,7 +106,7 @@ impl Mapping {
         match self.region().store() {
             // The file's alone, which another mapping shows.
             Store::GuestMemfd => policy_at(self.region().name(), self.second_look()?.0),
-            Store::Memfd | Store::Hugetlb => self.policy(),
+            Store::Memfd | Store::Hugetlb | Store::Path => self.policy(),
         }
     }
 

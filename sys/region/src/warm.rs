@@ -118,6 +118,13 @@ impl Mapping {
                 Ok(()) => return Ok(()),
                 // A signal came in between: what was done stays done.
                 Err(Errno::INTR | Errno::AGAIN) => {}
+                // Memory of a device is not populated by all kernels. It is all there: a look enters it.
+                Err(Errno::INVAL | Errno::FAULT | Errno::OPNOTSUPP)
+                    if self.region().store() == Store::Path =>
+                {
+                    self.look_at(offset, len);
+                    return Ok(());
+                }
                 Err(errno) => {
                     return Err(WarmError {
                         name: self.region().name().to_owned(),
@@ -127,6 +134,14 @@ impl Mapping {
                     });
                 }
             }
+        }
+    }
+
+    /// Reads a word of each page.
+    fn look_at(&self, offset: usize, len: usize) {
+        for at in (offset..offset.saturating_add(len)).step_by(4096) {
+            // What lies outside was not asked for.
+            let _ = self.load(at as u64);
         }
     }
 

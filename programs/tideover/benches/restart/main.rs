@@ -82,8 +82,14 @@ fn main() -> ExitCode {
 
 /// Runs this in a mount namespace of its own.
 fn enter() -> Result<()> {
-    ensure!(rustix::process::geteuid().is_root(), "this bench mounts an empty /run for itself: run it as root");
-    ensure!(Path::new(MANAGER).exists(), "this bench restarts units, and there is no {MANAGER}: install systemd");
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "this bench mounts an empty /run for itself: run it as root"
+    );
+    ensure!(
+        Path::new(MANAGER).exists(),
+        "this bench restarts units, and there is no {MANAGER}: install systemd"
+    );
     let mut inside = Command::new("unshare");
     inside.arg("--mount").arg(std::env::current_exe()?).arg("--inside").args(std::env::args_os().skip(1));
     let status = inside.status().context("unshare cannot be run: install util-linux")?;
@@ -121,7 +127,11 @@ impl Manager {
         let log = File::create(run.join("log"))?;
         let mut process = Command::new(MANAGER);
         process.arg("--user").env("HOME", "/run/home").env("XDG_RUNTIME_DIR", &runtime);
-        process.env("SYSTEMD_LOG_TARGET", "console").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        process
+            .env("SYSTEMD_LOG_TARGET", "console")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         let manager = Self { process: process.spawn().context(MANAGER)?, units, runtime };
         let begun = Instant::now();
         while manager.command("is-system-running", &[]).is_err() {
@@ -183,8 +193,9 @@ fn measure(arguments: &Arguments) -> Result<()> {
 fn unit(program: &Path) -> Result<String> {
     let program = program.to_str().context("the program's path is not UTF-8")?;
     let lines = UNIT.lines().filter(|line| !CONFINES.iter().any(|confines| line.starts_with(confines)));
-    let unit: Vec<String> =
-        lines.map(|line| line.replace("/usr/bin/tideover", program).replace("/etc/tideover", "/run/etc")).collect();
+    let unit: Vec<String> = lines
+        .map(|line| line.replace("/usr/bin/tideover", program).replace("/etc/tideover", "/run/etc"))
+        .collect();
     Ok(unit.join("\n"))
 }
 
@@ -205,7 +216,9 @@ fn print(pairs: &[Pair], memory: &str) -> Result<()> {
     let show = |name: &str, values: &[f64]| -> Result<()> {
         let spread = Spread::of(values).context("no restarts")?;
         let Spread { count, median, lower_quartile, upper_quartile, max, .. } = spread;
-        println!("{name:>24}  {median:7.2} ms ({lower_quartile:.2} to {upper_quartile:.2}, at most {max:.2}; {count})");
+        println!(
+            "{name:>24}  {median:7.2} ms ({lower_quartile:.2} to {upper_quartile:.2}, at most {max:.2}; {count})"
+        );
         Ok(())
     };
     println!("{memory}: medians, with the range of the middle half");

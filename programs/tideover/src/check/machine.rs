@@ -130,6 +130,9 @@ impl<'a> Machine<'a> {
     }
 
     fn findings(&self, sight: &Sight<'_>) -> Vec<Finding> {
+        if self.status.store == Store::Path {
+            return vec![self.answers(), self.goes(), self.guest(), self.store(sight)];
+        }
         let mut all = vec![self.answers(), self.goes(), self.name()];
         all.extend(self.session(sight));
         all.extend([self.guest(), self.store(sight)]);
@@ -175,12 +178,30 @@ impl<'a> Machine<'a> {
     fn goes(&self) -> Finding {
         let id = Id::MachineThroughKexec;
         match self.status.through_kexec {
+            _ if self.status.store == Store::Path => self.stays(),
             true => id.ok("it was run with --through-kexec"),
             false => id.failure(
                 "it was not run with --through-kexec, and would end with this kernel",
                 "run such machines with --through-kexec, stop it before the kexec, or leave it behind by `tideover kexec --leave-others`",
             ),
         }
+    }
+
+    /// Of a machine at a path, whether what is there stays.
+    fn stays(&self) -> Finding {
+        let (id, at) = (Id::MachineThroughKexec, self.at());
+        match self.status.through_kexec {
+            true => id.ok(format!("it lies at {at}, which stays where it is")),
+            false => id.failure(
+                format!("it lies at {at}, whose memory is this kernel's, and would end with it"),
+                "run it on reserved memory (--path), stop it before the kexec, or leave it behind by `tideover kexec --leave-others`",
+            ),
+        }
+    }
+
+    fn at(&self) -> String {
+        let path = self.status.path.as_ref().map(|path| path.display().to_string());
+        path.map_or_else(|| "a path that it does not name".to_owned(), |path| path.escape_debug().to_string())
     }
 
     /// A session of its name is in the way of another one.
@@ -206,9 +227,12 @@ impl<'a> Machine<'a> {
 
     fn store(&self, sight: &Sight<'_>) -> Finding {
         let id = Id::MachineStore;
+        if self.status.store == Store::Path {
+            return id.ok(format!("{}: no kernel has to preserve it", self.at()));
+        }
         let kinds = sight.device.kinds();
         let (name, kept) = match self.status.store {
-            Store::Memfd => ("a memfd", kinds.map(|kinds| &kinds.memfd)),
+            Store::Memfd | Store::Path => ("a memfd", kinds.map(|kinds| &kinds.memfd)),
             Store::Hugetlb => ("a memfd of huge pages (hugetlb)", kinds.map(|kinds| &kinds.hugetlb)),
             // It goes with its VM object alone.
             Store::GuestMemfd => {

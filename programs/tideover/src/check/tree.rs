@@ -182,6 +182,7 @@ impl Tree {
     /// How a machine is whose memory is all there, in huge pages.
     pub(super) fn machine(&self, name: &str) -> Status {
         Status {
+            path: None,
             name: name.to_owned(),
             pid: PID,
             state: GuestState::Running,
