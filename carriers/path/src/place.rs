@@ -15,6 +15,7 @@ use custody::NoteFile;
 use custody::When;
 use machine::Machine;
 use region::RegionError;
+use region::path::MEMORY_AT;
 use region::path::PathError;
 use region::path::PathFile;
 use region::path::is_path;
@@ -167,7 +168,11 @@ pub struct Found {
 /// # Errors
 /// [`PlaceError`] if it cannot be one's, or some process has it.
 pub fn find(path: &Path) -> Result<Option<Found>, PlaceError> {
-    let place = Place::new(PathFile::open(path)?)?;
+    let file = PathFile::open(path)?;
+    if file.len_bytes() < MEMORY_AT {
+        return Ok(None);
+    }
+    let place = Place::new(file)?;
     let last = place.notes.last();
     Ok(last.map(|(_, written)| Found { place, written }))
 }

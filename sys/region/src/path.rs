@@ -213,6 +213,11 @@ impl PathFile {
         &self.path
     }
 
+    /// Its size.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
     /// What kind of memory it is.
     pub fn kind(&self) -> Kind {
         self.kind

@@ -1,6 +1,7 @@
 //! The verbs on machines that have a name, as their user has them.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap in a test is the test's failure")]
 
+mod at_path;
 mod check;
 mod confined;
 mod console;
