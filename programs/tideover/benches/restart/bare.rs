@@ -1,4 +1,4 @@
-//! A unit that has nothing to keep: its main process says when it begins, and is killed by its `ExecStop=`, which says when.
+//! A unit like a machine's that has nothing to keep: its main process says when it begins, and is ended by its `ExecStop=`, which says when.
 
 use std::fs;
 use std::fs::File;
@@ -19,7 +19,7 @@ use rustix::time::ClockId;
 use rustix::time::clock_gettime;
 
 const TIMES: &str = "/run/bare";
-/// How long a process that was killed may take to be gone.
+/// How long a process that is to end may take to be gone.
 const END: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -28,13 +28,16 @@ pub(crate) enum Role {
     Stop,
 }
 
-/// It stops as a machine's unit does: by a program that has the main process end, and waits for that.
-pub(crate) fn unit(program: &Path) -> String {
+/// The machine's unit, with another program: it is set up and stopped as that is. It does not say that it is ready.
+pub(crate) fn unit(program: &Path, of_machine: &str) -> String {
     let program = program.display();
-    format!(
-        "[Service]\nType=exec\nExecStart={program} --be main\nExecStop={program} --be stop\n\
-         KillMode=process\nSendSIGKILL=no\nStartLimitIntervalSec=0\n"
-    )
+    let line = |line: &str| match line.split_once('=') {
+        Some(("ExecStart", _)) => format!("ExecStart={program} --be main"),
+        Some(("ExecStop", _)) => format!("ExecStop={program} --be stop"),
+        Some(("Type", _)) => "Type=exec".to_owned(),
+        _ => line.to_owned(),
+    };
+    of_machine.lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
 pub(crate) fn be(role: Role) -> Result<()> {
@@ -49,7 +52,7 @@ pub(crate) fn be(role: Role) -> Result<()> {
             let main: i32 = std::env::var("MAINPID").context("no main process")?.parse()?;
             let process = Pidfd::of_number(u32::try_from(main)?)?;
             note(role)?;
-            kill_process(Pid::from_raw(main).context("no process")?, Signal::KILL)?;
+            kill_process(Pid::from_raw(main).context("no process")?, Signal::TERM)?;
             Ok(process.wait_exit(Deadline::after(END))?)
         }
     }
@@ -61,7 +64,7 @@ fn note(role: Role) -> Result<()> {
     Ok(writeln!(times, "{role:?} {}.{:09}", now.tv_sec, now.tv_nsec)?)
 }
 
-/// How long it took from before the last main process was killed until the next one began, in milliseconds.
+/// How long it took from before the last main process was ended until the next one began, in milliseconds.
 pub(crate) fn last_restart() -> Result<f64> {
     let begun = std::time::Instant::now();
     loop {

@@ -173,7 +173,7 @@ fn measure(arguments: &Arguments) -> Result<()> {
     let unit = unit(&arguments.program)?;
     fs::write("/run/etc/m1.conf", format!("OPTIONS=--memory {}\n", arguments.memory))?;
     manager.add("tideover@.service", &unit)?;
-    manager.add("bare.service", &bare::unit(&std::env::current_exe()?))?;
+    manager.add("bare.service", &bare::unit(&std::env::current_exe()?, &unit))?;
     manager.command("start", &["tideover@m1", "bare"])?;
     let mut quiet = Quiet::new(Duration::from_secs(arguments.patience));
     let mut pairs = Vec::new();
