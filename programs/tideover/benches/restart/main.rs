@@ -173,8 +173,8 @@ fn measure(arguments: &Arguments) -> Result<()> {
     let unit = unit(&arguments.program)?;
     fs::write("/run/etc/m1.conf", format!("OPTIONS=--memory {}\n", arguments.memory))?;
     manager.add("tideover@.service", &unit)?;
-    manager.add("bare.service", &bare::unit(&std::env::current_exe()?, &unit))?;
-    manager.command("start", &["tideover@m1", "bare"])?;
+    manager.add("tideover-bare@.service", &bare::unit(&std::env::current_exe()?, &unit))?;
+    manager.command("start", &["tideover@m1", "tideover-bare@m1"])?;
     let mut quiet = Quiet::new(Duration::from_secs(arguments.patience));
     let mut pairs = Vec::new();
     for _ in 0..arguments.restarts {
@@ -182,10 +182,10 @@ fn measure(arguments: &Arguments) -> Result<()> {
         manager.command("restart", &["tideover@m1"])?;
         let (pause, phases) = pause(&arguments.program)?;
         quiet.wait();
-        manager.command("restart", &["bare"])?;
+        manager.command("restart", &["tideover-bare@m1"])?;
         pairs.push(Pair { pause, bare: bare::last_restart()?, phases });
     }
-    manager.command("stop", &["tideover@m1", "bare"])?;
+    manager.command("stop", &["tideover@m1", "tideover-bare@m1"])?;
     print(&pairs, &arguments.memory)
 }
 
