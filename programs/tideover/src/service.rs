@@ -20,6 +20,7 @@ use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::kill_process;
 use socket::Program;
+use tracing::debug;
 
 use crate::cli;
 use crate::cli::ServiceVerb;
@@ -89,12 +90,31 @@ fn stop(arguments: &cli::ServiceStop) -> anyhow::Result<ExitCode> {
 }
 
 fn park(name: &str, client: &Client) -> anyhow::Result<()> {
-    match verbs::ask(client, &Request::Park) {
+    stir_cgroups();
+    let parked = verbs::ask(client, &Request::Park);
+    stir_cgroups();
+    match parked {
         // One that holds it leaves that to the unit's next process.
         Ok(Answer::Sealed(_) | Answer::Held(_)) => Ok(()),
         Ok(other) => bail!("unexpected answer to park: {other:?}"),
         Err(error) => {
             Err(error.context(format!("{name} cannot be left in the store, and its guest runs on")))
+        }
+    }
+}
+
+/// Puts this process where it is: into its own cgroup. The manager does that with the unit's next process, and the guest waits. The kernel
+/// has such a change wait for all processors first, some 9 ms, unless there was one just before.
+fn stir_cgroups() {
+    let list = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = list.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or_default();
+    // The second is where the hierarchies of version 1 are, too.
+    for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+        let procs = Path::new(root).join(own.trim_start_matches('/')).join("cgroup.procs");
+        match fs::write(&procs, std::process::id().to_string()) {
+            Ok(()) => return,
+            // It takes longer, then.
+            Err(error) => debug!(%error, "cannot write {}", procs.display()),
         }
     }
 }

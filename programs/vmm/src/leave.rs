@@ -64,9 +64,10 @@ impl Vmm {
         let ready = ready.and_then(|session| {
             let crossing = Some(Crossing::begin(&*self.guest.guest));
             let history = History { lived_ns: self.history.age_ns(), ..self.history };
-            Ok((session, self.leave_offer(|told| Told { crossing, history, crossed: None, ..told })?))
+            let offer = self.leave_offer(|told| Told { crossing, history, crossed: None, ..told })?;
+            Ok((session, offer, self.tsc_rate()?))
         });
-        let (session, offer) = match ready {
+        let (session, offer, rate) = match ready {
             Ok(ready) => ready,
             Err(error) => {
                 self.clients.tell(client, &Answer::Error(format!("{error:#}")));
@@ -76,7 +77,7 @@ impl Vmm {
         let Some(channel) = self.clients.take(client) else { return Ok(After::Go) };
         let mut observer = |step: Step| debug!(%step, "leaves this kernel");
         let leaving = Leaving::new(&mut self.machine, &mut self.guest, session, &mut observer);
-        let went_on = leave(leaving, offer, &channel, self.place.as_ref());
+        let went_on = leave(leaving, (offer, rate), &channel, self.place.as_ref());
         self.clients.put(channel);
         went_on.context("the guest is lost")?;
         // What was noted for the next kernel is not so.
@@ -102,25 +103,18 @@ impl Vmm {
 /// If the guest runs nowhere.
 fn leave(
     mut leaving: Leaving<'_, AnyGuest>,
-    offer: Offer,
+    (offer, rate): (Offer, TscRate),
     channel: &Channel,
     place: Option<&Place>,
 ) -> Result<(), LostError> {
-    let prepared = leaving.preserve(offer).map_err(anyhow::Error::new).and_then(|preserved| {
-        let rate = TscRate::measure().context("cannot tell how fast the host's TSC runs")?;
-        Ok((preserved, rate))
-    });
-    let rate = match prepared {
-        Ok((preserved, rate)) => {
-            tell(channel, &Answer::Preserved(report(preserved)));
-            rate
-        }
+    match leaving.preserve(offer) {
+        Ok(preserved) => tell(channel, &Answer::Preserved(report(preserved))),
         Err(error) => {
             let gone_back = leaving.go_back();
-            tell(channel, &Answer::Error(format!("{error:#}")));
+            tell(channel, &Answer::Error(format!("{:#}", anyhow::Error::new(error))));
             return gone_back.map(drop);
         }
-    };
+    }
     let mut failed = None;
     while let Some(request) = next_request(channel) {
         match request {

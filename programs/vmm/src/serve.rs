@@ -7,10 +7,13 @@ use std::path::PathBuf;
 use std::process;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use anyhow::bail;
 use fdpass::Channel;
 use fdpass::monotonic_ns;
 use fdstore::Deposit;
+use liveupdate::moment::Moment;
+use liveupdate::moment::TscRate;
 use machine::Machine;
 use machine::OwnershipWord;
 use machine::update::Guest as _;
@@ -163,6 +166,8 @@ pub(crate) struct Vmm {
     pub(crate) deposit: Option<Deposit>,
     /// Where the machine lies, if it is found by its path.
     pub(crate) place: Option<Place>,
+    /// When this process got here: how fast the host's TSC runs is seen from there on.
+    pub(crate) since: Option<Moment>,
     /// Is told of the steps of updates from here.
     pub(crate) watch: Watch,
 }
@@ -251,6 +256,7 @@ impl Vmm {
             at_rest: AtRest::default(),
             deposit: None,
             place: None,
+            since: Moment::now().ok(),
             watch: unwatched(),
         }
     }
@@ -285,6 +291,13 @@ impl Vmm {
         confine::filter_calls(self.spec.confine)?;
         self.confined = self.spec.confine;
         Ok(())
+    }
+
+    /// How fast the host's TSC runs. It takes no time once this process is 10 ms old.
+    pub(crate) fn tsc_rate(&self) -> anyhow::Result<TscRate> {
+        let seen = self.since.zip(Moment::now().ok());
+        let seen = seen.and_then(|(since, now)| TscRate::between(&since, &now).ok());
+        seen.map_or_else(TscRate::measure, Ok).context("cannot tell how fast the host's TSC runs")
     }
 
     pub(crate) fn obey(mut self) -> anyhow::Result<()> {

@@ -24,7 +24,6 @@ use fdpass::systemd::Tell;
 use fdstore::Deposit;
 use fdstore::Found;
 use liveupdate::moment;
-use liveupdate::moment::TscRate;
 use machine::update::Step;
 use machine::update::Timeline;
 use serde::Deserialize;
@@ -459,7 +458,7 @@ impl Vmm {
         let ready = || -> anyhow::Result<_> {
             let restart = Some(Restart { by: process::id(), when: When::default(), begun: Begun::default() });
             let offer = self.leave_offer(|told| Told { restart, ..told })?;
-            Ok((offer, TscRate::measure().context("cannot tell how fast the host's TSC runs")?))
+            Ok((offer, self.tsc_rate()?))
         };
         let (offer, rate) = match ready() {
             Ok(ready) => ready,

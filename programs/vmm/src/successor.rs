@@ -348,6 +348,7 @@ impl Loaded {
             at_rest: AtRest::default(),
             deposit,
             place: None,
+            since: Moment::now().ok(),
             watch: unwatched(),
         }
     }
