@@ -90,7 +90,10 @@ pub(crate) fn regions_seeds() -> Vec<Vec<u8>> {
         let first = entry(0, 1 << 16, Store::Memfd, Policy::Default);
         regions::encode(&first.into_iter().chain(second).collect::<Vec<_>>())
     };
+    let at_path = [(0, 1 << 23), (1 << 30, 2 << 20)];
+    let at_path = at_path.map(|(base, bytes)| entry(base, bytes, Store::Path, Policy::Default));
     let tables = [
+        regions::encode(&at_path.into_iter().flatten().collect::<Vec<_>>()),
         table(None),
         table(entry(1 << 30, 2 << 20, Store::Memfd, Policy::Default)),
         table(entry(1 << 30, 2 << 20, Store::Hugetlb, Policy::Bind(nodes))),

@@ -59,8 +59,10 @@ pub(crate) fn find(paths: &[PathBuf]) -> anyhow::Result<Vec<(PathBuf, anyhow::Re
     Ok(all)
 }
 
+/// A file, or by its name a devdax device: in a directory of devices no other is to be touched.
 fn is_place(path: &Path) -> bool {
-    fs::symlink_metadata(path).is_ok_and(|it| it.is_file() || it.file_type().is_char_device())
+    let is_dax = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"dax"));
+    fs::symlink_metadata(path).is_ok_and(|it| it.is_file() || (is_dax && it.file_type().is_char_device()))
 }
 
 fn look(path: &Path) -> anyhow::Result<Place> {

@@ -172,6 +172,11 @@ impl PathFile {
     /// # Errors
     /// [`PathError`]
     pub fn open(path: &Path) -> Result<Self, PathError> {
+        // First: to open a device of another kind may do something.
+        let there = fs::symlink_metadata(path).map_err(call("look at", path))?;
+        if there.file_type().is_char_device() {
+            devdax(there.rdev()).map_err(|why| PathError::Unfit { path: path.to_owned(), why })?;
+        }
         let file = fs::File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path);
         let file = Self::of(file.map_err(|source| call("open", path)(source))?.into(), path)?;
         match rustix::fs::flock(&file.fd, FlockOperation::NonBlockingLockExclusive) {
@@ -193,6 +198,11 @@ impl PathFile {
     fn of(fd: OwnedFd, path: &Path) -> Result<Self, PathError> {
         let unfit = |why: String| PathError::Unfit { path: path.to_owned(), why };
         let stat = rustix::fs::fstat(&fd).map_err(|errno| call("look at", path)(errno.into()))?;
+        let user = rustix::process::geteuid().as_raw();
+        if stat.st_uid != user {
+            // Whoever wrote it said which program is to be started.
+            return Err(unfit(format!("belongs to user {}, and this is user {user}", stat.st_uid)));
+        }
         if stat.st_mode & 0o077 != 0 {
             let why =
                 format!("can be read or written by others (mode {:o}): chmod 600", stat.st_mode & 0o777);
@@ -485,8 +495,10 @@ mod tests {
         assert!(why(&others).contains("chmod 600"), "{others}");
         assert_eq!(fs::read(&path).unwrap(), b"mine");
         fs::remove_file(&path).unwrap();
-        let null = PathFile::passed(fs::File::open("/dev/null").unwrap().into()).unwrap_err();
-        assert!(why(&null).contains("others"), "{null}");
+        let null = PathFile::open(Path::new("/dev/null")).unwrap_err();
+        assert!(why(&null).contains("another kind than devdax"), "{null}");
+        let etc = PathFile::passed(fs::File::open("/etc").unwrap().into()).unwrap_err();
+        assert!(matches!(etc, PathError::Unfit { .. }), "{etc}");
     }
 
     /// Of a file system with a page cache, if this is on one.
@@ -501,6 +513,20 @@ mod tests {
             }
         }
         assert!(!path.exists());
+    }
+
+    /// It would say which program is to run as this user. Root alone can try it.
+    #[test]
+    fn a_file_of_another_user_is_refused() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let path = path("foreign");
+        drop(PathFile::create(&path, 2 << 20, &mut |_, _| {}).unwrap());
+        std::os::unix::fs::chown(&path, Some(65_534), None).unwrap();
+        let foreign = PathFile::open(&path).unwrap_err();
+        assert!(why(&foreign).contains("belongs to user 65534"), "{foreign}");
+        fs::remove_file(&path).unwrap();
     }
 
     #[test]

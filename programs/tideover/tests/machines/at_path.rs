@@ -172,7 +172,7 @@ fn what_is_no_place_for_a_machine_is_refused_and_stays() {
     assert!(fails(&mine).contains("exists"));
     assert!(host.fails(1, &["resume", "--path", &mine]).contains("no machine lies at"));
     assert_eq!(fs::read(&mine).unwrap(), b"mine");
-    assert!(fails("/dev/null").contains("others"));
+    assert!(fails("/dev/null").contains("another kind than devdax"));
     assert!(fails(&folder.file("no/such")).contains("cannot make"));
     let mut through = at(&folder.file("m")).to_vec();
     through.push("--through-kexec".to_owned());
