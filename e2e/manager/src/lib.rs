@@ -40,6 +40,8 @@ struct State {
     /// `FileDescriptorStoreMax=`
     room: usize,
     stored: Vec<(String, OwnedFd)>,
+    /// Copies of what it kept when the last command was made.
+    passed: Vec<OwnedFd>,
     /// All lines that were not about the store.
     told: Vec<String>,
 }
@@ -87,7 +89,9 @@ impl Manager {
 
     /// It closes all that it keeps.
     pub fn drop_all(&self) {
-        self.state().stored.clear();
+        let mut state = self.state();
+        state.stored.clear();
+        state.passed.clear();
     }
 
     /// Names of what it keeps, in the order in which it came.
@@ -113,17 +117,20 @@ impl Manager {
     /// # Panics
     /// If it keeps more than a shell can pass.
     pub fn command(&self, program: &Path) -> Command {
-        let state = self.state();
+        let mut state = self.state();
         assert!(
             state.stored.len() <= LAST_PASSED - 2,
             "a shell cannot pass {} descriptors",
             state.stored.len()
         );
+        // What is taken out of the store before the shell gets to open it is to be there all the same.
+        let copies = state.stored.iter().map(|(_, fd)| fd.try_clone());
+        state.passed =
+            copies.collect::<Result<_, _>>().unwrap_or_else(|error| panic!("no descriptor is left: {error}"));
         let own = std::process::id();
-        let redirect = |(place, (_, fd)): (usize, &(String, OwnedFd))| {
-            format!(" {}<>/proc/{own}/fd/{}", place + 3, fd.as_raw_fd())
-        };
-        let redirected: String = state.stored.iter().enumerate().map(redirect).collect();
+        let redirect =
+            |(place, fd): (usize, &OwnedFd)| format!(" {}<>/proc/{own}/fd/{}", place + 3, fd.as_raw_fd());
+        let redirected: String = state.passed.iter().enumerate().map(redirect).collect();
         let names: Vec<&str> = state.stored.iter().map(|(name, _)| name.as_str()).collect();
         let mut command = Command::new("/bin/sh");
         command.env("NOTIFY_SOCKET", self.address());
