@@ -31,6 +31,8 @@ use rustix::net::recvmsg;
 
 /// Ends the thread that listens.
 const END: &[u8] = b"END";
+/// It has come as far as this.
+const HERE: &[u8] = b"HERE";
 /// The highest number that a shell can redirect, of those that are passed.
 const LAST_PASSED: usize = 9;
 
@@ -42,6 +44,8 @@ struct State {
     stored: Vec<(String, OwnedFd)>,
     /// Copies of what it kept when the last command was made.
     passed: Vec<OwnedFd>,
+    /// How often it has come [`HERE`].
+    here: usize,
     /// All lines that were not about the store.
     told: Vec<String>,
 }
@@ -70,6 +74,15 @@ impl Manager {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it has heard all that it was told so far: as a manager has, when it starts a process after another one's end.
+    fn catch_up(&self) {
+        let before = self.state().here;
+        let told = UnixDatagram::unbound().and_then(|socket| socket.send_to(HERE, self.address()));
+        while told.is_ok() && self.state().here == before {
+            thread::yield_now();
+        }
     }
 
     /// A folder of its own, which is gone when it ends.
@@ -117,6 +130,7 @@ impl Manager {
     /// # Panics
     /// If it keeps more than a shell can pass.
     pub fn command(&self, program: &Path) -> Command {
+        self.catch_up();
         let mut state = self.state();
         assert!(
             state.stored.len() <= LAST_PASSED - 2,
@@ -170,6 +184,10 @@ fn take_one(socket: &UnixDatagram, state: &Mutex<State>) -> bool {
     let bytes = &bytes[..received.bytes];
     if bytes == END {
         return false;
+    }
+    if bytes == HERE {
+        state.lock().unwrap_or_else(PoisonError::into_inner).here += 1;
+        return true;
     }
     let text = String::from_utf8_lossy(bytes);
     let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
