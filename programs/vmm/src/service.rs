@@ -190,21 +190,30 @@ fn make(spec: &MachineSpec, programs: Vec<PathBuf>, manager: Manager) -> anyhow:
     Ok(vmm)
 }
 
-/// The VMM that runs the machine, if one does: a process of this service that was left over.
-fn living(spec: &MachineSpec) -> anyhow::Result<Option<Client>> {
+/// The VMM that runs the machine, if one does, and how it is: a process of this service that was left over.
+fn living(spec: &MachineSpec) -> anyhow::Result<Option<(Client, Answer)>> {
     let Some(socket) = &spec.socket else { return Ok(None) };
-    let channel = match fdpass::connect(socket, Deadline::after(SETTLE)) {
-        Ok(channel) => channel,
-        Err(ConnectError::Absent { .. } | ConnectError::Refused { .. }) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    channel.require_same_user().context("who listens at the machine's socket is not to be trusted")?;
-    Ok(Some(Client::new(channel).with_patience(SETTLE)))
+    let until = Deadline::after(SETTLE);
+    loop {
+        let channel = match fdpass::connect(socket, until) {
+            Ok(channel) => channel,
+            Err(ConnectError::Absent { .. } | ConnectError::Refused { .. }) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        channel.require_same_user().context("who listens at the machine's socket is not to be trusted")?;
+        let client = Client::new(channel).with_patience(SETTLE);
+        match client.ask(&Request::Status, &mut |_, _, _| {}) {
+            Ok(answer) => return Ok(Some((client, answer))),
+            // One that is about to end may be connected to, and says nothing.
+            Err(error) if until.has_passed() => return Err(error),
+            Err(_) => thread::sleep(LOOK),
+        }
+    }
 }
 
-/// Takes the machine over from the VMM that runs it.
-fn join(client: Client, found: &Found) -> anyhow::Result<Vmm> {
-    let stored = match client.ask(&Request::Status, &mut |_, _, _| {})? {
+/// Takes the machine over from the VMM that runs it, which has said how it is.
+fn join((client, status): (Client, Answer), found: &Found) -> anyhow::Result<Vmm> {
+    let stored = match status {
         Answer::Status(status) => is_stored(&status)?,
         Answer::Held(held) => {
             bail!("the machine is held by process {}, and does not run: {}", held.pid, held.why)
