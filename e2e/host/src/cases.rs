@@ -58,6 +58,7 @@ const CASES: &[(&str, Case)] = &[
     ("machine", machine::run),
     ("memfd", memfd::run),
     ("oom", oom::run),
+    ("stock-machine", machine::run),
     ("tideoverd-systemd", tideoverd_systemd::run),
 ];
 

@@ -16,8 +16,22 @@ pub(crate) struct Case {
     pub(crate) timeout_s: u64,
     /// CI runs it.
     pub(crate) smoke: bool,
+    pub(crate) ground: Ground,
     /// What its kernels are told besides.
     pub(crate) parameters: &'static str,
+}
+
+/// Which kernel a host has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ground {
+    /// One with /dev/liveupdate, built for these cases.
+    Built,
+    /// One that Debian ships, with its modules.
+    Stock,
+}
+
+impl Ground {
+    pub(crate) const ALL: [Self; 2] = [Self::Built, Self::Stock];
 }
 
 /// With nested page tables the emulator now and then takes a page of another guest, or none, for one of the tables of the guest that it
@@ -28,7 +42,8 @@ const SHADOW_PAGES: &str = "kvm_amd.npt=0";
 impl Case {
     const fn new(name: &'static str, about: &'static str, memory_mib: u32, timeout_s: u64) -> Self {
         let (disk, systemd, smoke) = (false, false, false);
-        Self { name, about, memory_mib, disk, systemd, timeout_s, smoke, parameters: "" }
+        let (parameters, ground) = ("", Ground::Built);
+        Self { name, about, memory_mib, disk, systemd, timeout_s, smoke, parameters, ground }
     }
 
     const fn with_disk(self) -> Self {
@@ -37,6 +52,10 @@ impl Case {
 
     const fn with_systemd(self) -> Self {
         Self { systemd: true, ..self }
+    }
+
+    const fn on_stock(self) -> Self {
+        Self { ground: Ground::Stock, ..self }
     }
 
     const fn told(self, parameters: &'static str) -> Self {
@@ -71,18 +90,24 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("machine", "a machine is updated by both carriers", 1024, 120).in_ci(),
     Case::new("memfd", "a memory file lives through two kernels", 768, 180).in_ci(),
     Case::new("oom", "VMMs whose memory runs out: what tideoverd keeps of their machines", 1024, 300),
+    Case::new("stock-machine", "a machine is updated by both carriers, on Debian's kernel", 1024, 180)
+        .on_stock(),
     Case::new("tideoverd-systemd", "tideoverd as a service of systemd, and what outlives it", 1024, 420)
         .with_systemd(),
 ];
 
 /// The cases as a table.
 pub(crate) fn list() -> String {
-    let mut shown = format!("{:<18} {:>8} {:>8}  {:<6} what\n", "case", "memory", "at most", "smoke");
+    let head = ["case", "memory", "at most", "smoke", "kernel"];
+    let mut shown =
+        format!("{:<18} {:>8} {:>8}  {:<6} {:<6} what\n", head[0], head[1], head[2], head[3], head[4]);
     for case in CASES {
         let (memory, time) = (format!("{} MiB", case.memory_mib), format!("{} s", case.timeout_s));
         let smoke = if case.smoke { "yes" } else { "" };
+        let kernel = if case.ground == Ground::Stock { "stock" } else { "built" };
         // A string takes whatever is written to it.
-        let _ = writeln!(shown, "{:<18} {memory:>8} {time:>8}  {smoke:<6} {}", case.name, case.about);
+        let _ =
+            writeln!(shown, "{:<18} {memory:>8} {time:>8}  {smoke:<6} {kernel:<6} {}", case.name, case.about);
     }
     shown
 }

@@ -1,4 +1,4 @@
-//! The hosts' file system: this workspace's programs, what they are linked with, and the kernel, as the kernel
+//! The hosts' file system: this workspace's programs, what they are linked with, and the kernel with its modules, as the kernel
 //! unpacks it (`newc`, see initramfs-buffer-format in the kernel's documentation).
 
 use std::collections::BTreeSet;
@@ -15,6 +15,9 @@ use anyhow::ensure;
 use crate::cargo;
 use crate::cargo::Workspace;
 
+use super::programs;
+use super::stock::Module;
+
 /// Programs: their package and name.
 const INIT: (&str, &str) = ("tideover-e2e-host", "e2e-init");
 const GUEST_INIT: (&str, &str) = ("tideover-e2e-guest", "e2e-guest");
@@ -23,30 +26,64 @@ const DAEMON: (&str, &str) = ("tideover", "tideoverd");
 /// Where the kernel is in the hosts, and the file system of their Linux guests, which have the same kernel.
 const KERNEL: &str = "/boot/kernel";
 const GUEST: &str = "/boot/guest.cpio";
+/// Where the kernel's modules are, and a file with their names in the order in which they are loaded.
+const MODULES: &str = "/modules";
+/// What makes a file system in a host.
+const MAKE: (&str, &str) = ("mke2fs", "/bin/mke2fs");
 /// Folders that others are mounted on.
-const FOLDERS: [&str; 6] = ["/dev", "/disk", "/proc", "/run", "/sys", "/tmp"];
+const FOLDERS: [&str; 7] = ["/dev", "/disk", "/pmem", "/proc", "/run", "/sys", "/tmp"];
 
 const FOLDER: u32 = 0o040_755;
+const FILE: u32 = 0o100_644;
 const PROGRAM: u32 = 0o100_755;
 const CONSOLE: u32 = 0o020_600;
 
 /// Makes it, below the workspace's target folder.
 pub(crate) fn make(kernel: &Path) -> Result<PathBuf> {
     let workspace = Workspace::read()?;
+    let guest = guest(&workspace)?;
+    let image = workspace.target_directory.join("e2e.cpio");
+    system(&FOLDERS, &own_programs(&workspace)?, &[(kernel, KERNEL), (&guest, GUEST)])?.write(&image)?;
+    Ok(image)
+}
+
+/// The same for a kernel that has modules, beside the other one.
+pub(crate) fn make_with_modules(kernel: &Path, modules: &[Module]) -> Result<PathBuf> {
+    let workspace = Workspace::read()?;
+    let guest = guest(&workspace)?;
+    let make = programs::find(MAKE.0).with_context(|| format!("there is no {}", MAKE.0))?;
+    let programs = [&own_programs(&workspace)?[..], &[(make, MAKE.1)]].concat();
+    let mut archive = system(&FOLDERS, &programs, &[(kernel, KERNEL), (&guest, GUEST)])?;
+    archive.folders(MODULES)?;
+    for Module { name, bytes } in modules {
+        archive.entry(&format!("{MODULES}/{name}.ko"), FILE, (0, 0), bytes)?;
+    }
+    let order: Vec<&str> = modules.iter().map(|module| &module.name[..]).collect();
+    archive.entry(&format!("{MODULES}/order"), FILE, (0, 0), order.join("\n").as_bytes())?;
+    let image = workspace.target_directory.join("e2e-stock.cpio");
+    archive.write(&image)?;
+    Ok(image)
+}
+
+/// The hosts' programs, and where they are to be.
+fn own_programs(workspace: &Workspace) -> Result<Vec<(PathBuf, &'static str)>> {
+    let built = workspace.target_directory.join("release");
+    let programs = [(INIT, "/init"), (COMMAND, "/bin/tideover"), (DAEMON, "/bin/tideoverd")];
+    programs.into_iter().map(|((_, name), at)| Ok((stripped(&built.join(name))?, at))).collect()
+}
+
+/// Builds all programs, and makes the guests' file system.
+fn guest(workspace: &Workspace) -> Result<PathBuf> {
     let mut build = cargo::command();
     build.args(["build", "--release", "--quiet"]);
     for (package, program) in [INIT, GUEST_INIT, COMMAND, DAEMON] {
         build.args(["--package", package, "--bin", program]);
     }
     ensure!(build.status().context("cargo cannot be run")?.success(), "the hosts' programs cannot be built");
-    let built = workspace.target_directory.join("release");
     let guest = workspace.target_directory.join("e2e-guest.cpio");
-    system(&["/dev"], &[(built.join(GUEST_INIT.1), "/init")], &[])?.write(&guest)?;
-    let programs = [(INIT, "/init"), (COMMAND, "/bin/tideover"), (DAEMON, "/bin/tideoverd")]
-        .map(|((_, name), at)| (built.join(name), at));
-    let image = workspace.target_directory.join("e2e.cpio");
-    system(&FOLDERS, &programs, &[(kernel, KERNEL), (&guest, GUEST)])?.write(&image)?;
-    Ok(image)
+    let init = stripped(&workspace.target_directory.join("release").join(GUEST_INIT.1))?;
+    system(&["/dev"], &[(init, "/init")], &[])?.write(&guest)?;
+    Ok(guest)
 }
 
 /// A file system with these folders, programs with what they are linked with, and other files; each with its place in it.
@@ -58,7 +95,7 @@ fn system(folders: &[&str], programs: &[(PathBuf, &str)], files: &[(&Path, &str)
     archive.entry("/dev/console", CONSOLE, (5, 1), &[])?;
     let mut libraries = BTreeSet::new();
     for (path, at) in programs {
-        archive.file(&stripped(path)?, at)?;
+        archive.file(path, at)?;
         libraries.extend(linked_with(path)?);
     }
     for library in libraries {

@@ -94,20 +94,15 @@ fn has_all(fragment: &Path, config: &Path) -> Result<()> {
 /// The newest kernel's source, unpacked.
 fn fetch(cache: &Path) -> Result<PathBuf> {
     let apt = Apt::set_up(&cache.join("apt"), SUITE)?;
-    let package = apt.newest_source()?;
+    let package =
+        apt.newest("^linux-source-[0-9.]+$").with_context(|| format!("{SUITE} has no kernel source"))?;
     println!("e2e: fetching {package}");
     let folder = cache.join("source");
     if folder.exists() {
         fs::remove_dir_all(&folder)?;
     }
     fs::create_dir_all(&folder)?;
-    succeed(
-        apt.command("apt-get").current_dir(&folder).args(["-q", "download", &package]),
-        "apt-get download",
-    )?;
-    let packages = fs::read_dir(&folder)?.collect::<std::io::Result<Vec<_>>>()?;
-    let [file] = &packages[..] else { bail!("{package} is not one file") };
-    succeed(Command::new("dpkg-deb").arg("-x").arg(file.path()).arg(&folder), "dpkg-deb")?;
+    unpack(&apt.download(&package, &folder)?, &folder)?;
     let archive = folder.join(format!("usr/src/{package}.tar.xz"));
     succeed(Command::new("tar").arg("-xf").arg(archive).arg("-C").arg(&folder), "tar")?;
     Ok(folder.join(package))
@@ -152,19 +147,32 @@ impl Apt {
         command
     }
 
-    fn newest_source(&self) -> Result<String> {
-        let search =
-            self.command("apt-cache").args(["search", "--names-only", "^linux-source-[0-9.]+$"]).output()?;
+    /// The package of the highest version among those whose names are like this.
+    pub(super) fn newest(&self, names: &str) -> Result<String> {
+        let search = self.command("apt-cache").args(["search", "--names-only", names]).output()?;
         let listed = String::from_utf8_lossy(&search.stdout).into_owned();
         let packages = listed.lines().filter_map(|line| line.split_whitespace().next());
         let newest = packages.max_by_key(|package| version(package));
-        Ok(newest.with_context(|| format!("{SUITE} has no kernel source"))?.to_owned())
+        Ok(newest.with_context(|| format!("no package is called {names}"))?.to_owned())
+    }
+
+    /// Fetches a package into a folder, and gives the file.
+    pub(super) fn download(&self, package: &str, folder: &Path) -> Result<PathBuf> {
+        let mut download = self.command("apt-get");
+        succeed(download.current_dir(folder).args(["-q", "download", package]), "apt-get download")?;
+        let paths = fs::read_dir(folder)?.filter_map(|entry| Some(entry.ok()?.path()));
+        let files: Vec<PathBuf> = paths.filter(|path| path.extension() == Some("deb".as_ref())).collect();
+        match <[PathBuf; 1]>::try_from(files) {
+            Ok([file]) => Ok(file),
+            Err(files) => bail!("{package} is {} files, not one", files.len()),
+        }
     }
 }
 
-/// `linux-source-7.3` as 7, 3.
+/// The numbers in a package's name: of `linux-source-7.3` 7 and 3.
 fn version(package: &str) -> Vec<u32> {
-    package.rsplit('-').next().unwrap_or_default().split('.').map(|part| part.parse().unwrap_or(0)).collect()
+    let numbers = package.split(|letter: char| !letter.is_ascii_digit());
+    numbers.filter_map(|number| number.parse().ok()).collect()
 }
 
 /// Where this machine gets Debian's packages from.
@@ -176,6 +184,11 @@ fn mirror() -> Result<String> {
     let listed = String::from_utf8_lossy(&targets.stdout).into_owned();
     let debian = listed.lines().find_map(|line| line.strip_prefix("Debian Debian "));
     Ok(debian.context("this machine's apt knows no Debian: give a kernel by --kernel")?.to_owned())
+}
+
+/// Unpacks a package into a folder: nothing is installed.
+pub(super) fn unpack(package: &Path, folder: &Path) -> Result<()> {
+    succeed(Command::new("dpkg-deb").arg("-x").arg(package).arg(folder), "dpkg-deb")
 }
 
 /// Runs a command, whose output is shown only if it fails.
@@ -196,8 +209,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_source_is_the_one_of_the_highest_version() {
-        let packages = ["linux-source-6.19", "linux-source-7.3", "linux-source-7.12", "linux-source-6.1"];
-        assert_eq!(packages.into_iter().max_by_key(|package| version(package)), Some("linux-source-7.12"));
+    fn the_newest_package_is_the_one_of_the_highest_version() {
+        let newest =
+            |packages: [&'static str; 3]| packages.into_iter().max_by_key(|package| version(package));
+        let sources = ["linux-source-6.19", "linux-source-7.12", "linux-source-7.3"];
+        assert_eq!(newest(sources), Some("linux-source-7.12"));
+        let images = ["6.1.0-9", "6.1.0-48", "6.1.0-47"];
+        assert_eq!(newest(images), Some("6.1.0-48"));
+        let images = ["6.12.9+deb13", "6.12.86+deb13", "6.1.0-48"];
+        assert_eq!(newest(images), Some("6.12.86+deb13"));
     }
 }

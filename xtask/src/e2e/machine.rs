@@ -17,6 +17,7 @@ use anyhow::Result;
 use anyhow::bail;
 
 use super::capture::Capture;
+use super::cases::Ground;
 
 /// How many of the last lines are shown of a host that failed.
 const LAST_LINES: usize = 30;
@@ -27,6 +28,11 @@ const TCG: &str = "tcg,tb-size=64";
 /// The TSC is the real one, which runs on while the emulation does not: who compares it with an emulated clock would find it wrong. It
 /// goes at one rate, which the emulated processor does not say; KVM would otherwise go by a rate measured in haste.
 const TSC: &str = "tsc=reliable setcpuid=constant_tsc";
+/// What a kernel is told that has /dev/liveupdate.
+const BUILT: &str = "kho=on kho_scratch=32M,96M,32M liveupdate=on";
+/// One that Debian ships knows no `setcpuid=`. KVM is a module there, and goes by the rate that the kernel has measured until
+/// it is loaded; the next kernels are told that rate by the host's first process.
+const STOCK: &str = "tsc=reliable e2e.tsc=measured";
 
 /// What a host is to be.
 pub(crate) struct Host<'a> {
@@ -38,6 +44,7 @@ pub(crate) struct Host<'a> {
     /// One that it may write to: the second.
     pub(crate) disk: Option<&'a Path>,
     pub(crate) case: &'a str,
+    pub(crate) ground: Ground,
     /// What its kernels are told besides.
     pub(crate) parameters: &'a str,
     /// What the case is told besides.
@@ -81,9 +88,12 @@ impl Host<'_> {
         let bytes = if self.systemd.is_some() { 0 } else { std::fs::metadata(self.image)?.len() };
         let with = |(name, value): &(String, String)| format!(" e2e.with.{name}={value}");
         let with: String = self.with.iter().map(with).collect();
+        let ground = match self.ground {
+            Ground::Built => format!("{TSC} {BUILT}"),
+            Ground::Stock => STOCK.to_owned(),
+        };
         let mut told = format!(
-            "console=ttyS0 panic=-1 {TSC} kho=on kho_scratch=32M,96M,32M liveupdate=on e2e.case={} e2e.life=1 \
-             e2e.initrd={bytes}{with} {}",
+            "console=ttyS0 panic=-1 {ground} e2e.case={} e2e.life=1 e2e.initrd={bytes}{with} {}",
             self.case, self.parameters
         );
         if self.systemd.is_some() {

@@ -1,6 +1,7 @@
 //! Programs of this machine that are run, and Debian's packages that have them.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 /// What hosts are made with and run by.
 pub(crate) const HOSTS: [(&str, &str); 4] = [
@@ -18,6 +19,8 @@ pub(crate) const KERNEL: [(&str, &str); 6] = [
     ("bc", "bc"),
     ("xz", "xz-utils"),
 ];
+/// What a kernel that Debian ships is fetched and unpacked with.
+pub(crate) const STOCK: [(&str, &str); 2] = [("dpkg-deb", "dpkg"), ("xz", "xz-utils")];
 /// Where a user may not look for programs, and root does.
 const ROOTS: &str = ":/usr/sbin:/sbin";
 
@@ -28,12 +31,15 @@ pub(crate) fn path() -> OsString {
     path
 }
 
+/// A program's file.
+pub(crate) fn find(program: &str) -> Option<PathBuf> {
+    std::env::split_paths(&path()).map(|folder| folder.join(program)).find(|file| file.is_file())
+}
+
 /// How to install those that are missing, as a command; `None` if none is.
 pub(crate) fn missing(programs: &[(&str, &'static str)]) -> Option<String> {
-    let path = path();
-    let is_there = |program: &str| std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
-    let missing: Vec<&str> =
-        programs.iter().filter(|(program, _)| !is_there(program)).map(|(_, package)| *package).collect();
+    let is_absent = |(program, _): &&(&str, &str)| find(program).is_none();
+    let missing: Vec<&str> = programs.iter().filter(is_absent).map(|(_, package)| *package).collect();
     match missing.is_empty() {
         true => None,
         false => Some(format!("`apt-get install --no-install-recommends {}`", missing.join(" "))),

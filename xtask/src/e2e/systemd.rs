@@ -165,7 +165,7 @@ fn packages() -> Result<PathBuf> {
     for package in fs::read_dir(apt.archives())? {
         let path = package?.path();
         if path.extension() == Some("deb".as_ref()) {
-            succeed(Command::new("dpkg-deb").arg("-x").arg(&path).arg(&partial), "dpkg-deb")?;
+            kernel::unpack(&path, &partial)?;
         }
     }
     for path in LEFT_OUT {
