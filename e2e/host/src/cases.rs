@@ -14,6 +14,7 @@ mod linux;
 mod machine;
 mod memfd;
 mod oom;
+mod stock;
 mod tideoverd_systemd;
 
 use anyhow::bail;
@@ -58,6 +59,8 @@ const CASES: &[(&str, Case)] = &[
     ("machine", machine::run),
     ("memfd", memfd::run),
     ("oom", oom::run),
+    ("stock-devdax", stock::devdax),
+    ("stock-ext4", stock::ext4),
     ("stock-machine", machine::run),
     ("tideoverd-systemd", tideoverd_systemd::run),
 ];

@@ -8,6 +8,7 @@
 mod boot;
 mod cases;
 mod daemon;
+mod dax;
 mod linux;
 mod modules;
 mod roles;

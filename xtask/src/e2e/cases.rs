@@ -34,6 +34,11 @@ impl Ground {
     pub(crate) const ALL: [Self; 2] = [Self::Built, Self::Stock];
 }
 
+/// Memory that the kernel is to leave alone, in the midst of what the host has: as a disk, and as a device. QEMU has something of its
+/// own at the end of a host's memory, so it does not reach there.
+const AS_DISK: &str = "memmap=512M!1G";
+const AS_DEVICE: &str = "memmap=512M%0x40000000-1+0xefffffff";
+
 /// With nested page tables the emulator now and then takes a page of another guest, or none, for one of the tables of the guest that it
 /// enters, if several take turns on a processor: the guest ends with a triple fault, and its memory is whole. QEMU 7.2 does so
 /// in every second run or so of eight guests; with shadow page tables it was not seen to.
@@ -90,6 +95,17 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("machine", "a machine is updated by both carriers", 1024, 120).in_ci(),
     Case::new("memfd", "a memory file lives through two kernels", 768, 180).in_ci(),
     Case::new("oom", "VMMs whose memory runs out: what tideoverd keeps of their machines", 1024, 300),
+    Case::new("stock-devdax", "memory of a DAX device lives through two of Debian's kernels", 2048, 240)
+        .on_stock()
+        .told(AS_DEVICE),
+    Case::new(
+        "stock-ext4",
+        "memory of a file on ext4 with DAX lives through two of Debian's kernels",
+        2048,
+        240,
+    )
+    .on_stock()
+    .told(AS_DISK),
     Case::new("stock-machine", "a machine is updated by both carriers, on Debian's kernel", 1024, 180)
         .on_stock(),
     Case::new("tideoverd-systemd", "tideoverd as a service of systemd, and what outlives it", 1024, 420)
