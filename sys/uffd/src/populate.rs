@@ -16,7 +16,7 @@
 //! `Touched` is for a real guest_memfd, which takes no userfaultfd and tells no holes; what it has of pages that
 //! nobody has touched yet gets no entry. The kernel answers the owner of the file and who may write it, and tells
 //! anybody else that all of it is there. `Whole` is for hugetlb memory without a userfaultfd, where no page is
-//! missing.
+//! missing, and for a device of memory (devdax), which has all its pages and answers any `lseek` with where it is.
 //!
 //! Huge pages are here those that a memfd has by the kernel's choice or `MADV_COLLAPSE`; those of hugetlb
 //! are always mapped whole. Mapped in small pages, a huge page is as slow for a guest as small pages are.
@@ -35,7 +35,7 @@
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::{SeekFrom, fstat, fstatfs, seek};
+use rustix::fs::{FileType, SeekFrom, fstat, fstatfs, seek};
 use rustix::io::Errno;
 
 use crate::fd::{CallError, Mode, OpenError, RangeError, Stopped, Uffd};
@@ -206,6 +206,8 @@ struct Work<'a, M: Mapped> {
     file: BorrowedFd<'a>,
     /// The size of a page of the file, in bytes.
     page: usize,
+    /// It is a device, and none of its memory is missing.
+    is_device: bool,
     /// The size of the mapping, in bytes.
     total: usize,
     /// Bytes that were found present.
@@ -225,7 +227,13 @@ impl<'a, M: Mapped> Work<'a, M> {
             offset: 0,
             cause,
         })?;
-        Ok(Self { mapped, file, page, total: mapped.len_bytes(), present: 0, progress })
+        let stat = fstat(file).map_err(|cause| PopulateError::Call {
+            action: "ask for the kind of file",
+            offset: 0,
+            cause,
+        })?;
+        let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+        Ok(Self { mapped, file, page, is_device, total: mapped.len_bytes(), present: 0, progress })
     }
 
     fn result(&self, method: Method, refusal: Option<Refusal>) -> Populated {
@@ -234,7 +242,7 @@ impl<'a, M: Mapped> Work<'a, M> {
 
     /// Whether the file's holes are finer than what is populated in one step.
     fn tells_holes(&self) -> bool {
-        self.page == page_size()
+        self.page == page_size() && !self.is_device
     }
 
     /// The end of the step that `at` is in.
@@ -343,7 +351,7 @@ impl<'a, M: Mapped> Work<'a, M> {
         let ask = |cause| PopulateError::Call { action: "ask for the number of pages", offset: 0, cause };
         let blocks = fstat(self.file).map_err(ask)?.st_blocks;
         let present = usize::try_from(blocks).unwrap_or(0).saturating_mul(512);
-        if present < self.total {
+        if present < self.total && !self.is_device {
             return Err(PopulateError::NoHoles { refusal: Some(refusal) });
         }
         self.read_on(0..self.total)?;

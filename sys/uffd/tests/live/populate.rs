@@ -316,6 +316,22 @@ fn without_a_userfaultfd_the_holes_are_asked_for() {
     assert!(memory.data() == present);
 }
 
+/// A device answers `lseek` with where it is, wherever it is asked for data from: who believes that never ends.
+#[test]
+fn a_device_is_not_asked_for_its_holes_and_is_populated_whole() {
+    if ran_alone("populate::a_device_is_not_asked_for_its_holes_and_is_populated_whole") {
+        return;
+    }
+    let file = OpenOptions::new().read(true).write(true).open("/dev/zero").unwrap().into();
+    let memory = Memory { file, pages: PAGES };
+    let view = memory.map();
+    let sought = populate_by_seek(&view, memory.file.as_fd(), &mut |_, _| {});
+    assert_eq!(sought, Err(PopulateError::NoHoles { refusal: None }));
+    let populated = populate_without_userfaultfd(&view, &memory).unwrap();
+    assert_eq!((populated.method, populated.bytes_mapped), (Method::Whole, PAGES * PAGE));
+    assert!(view.entries().iter().all(|&entry| entry));
+}
+
 #[test]
 fn without_a_userfaultfd_hugetlb_memory_is_populated_if_it_is_whole() {
     harness::need!(hugetlb);
