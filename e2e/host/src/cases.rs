@@ -14,6 +14,7 @@ mod linux;
 mod machine;
 mod memfd;
 mod oom;
+mod path;
 mod stock;
 mod tideoverd_systemd;
 
@@ -59,6 +60,9 @@ const CASES: &[(&str, Case)] = &[
     ("machine", machine::run),
     ("memfd", memfd::run),
     ("oom", oom::run),
+    ("path-devdax", path::devdax),
+    ("path-ext4", path::ext4),
+    ("path-twenty", path::twenty),
     ("stock-devdax", stock::devdax),
     ("stock-ext4", stock::ext4),
     ("stock-machine", machine::run),

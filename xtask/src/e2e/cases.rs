@@ -95,6 +95,28 @@ pub(crate) const CASES: &[Case] = &[
     Case::new("machine", "a machine is updated by both carriers", 1024, 120).in_ci(),
     Case::new("memfd", "a memory file lives through two kernels", 768, 180).in_ci(),
     Case::new("oom", "VMMs whose memory runs out: what tideoverd keeps of their machines", 1024, 300),
+    Case::new(
+        "path-devdax",
+        "a machine that has a DAX device: kexec, death of its VMM, kernel gone",
+        2048,
+        420,
+    )
+    .with_disk()
+    .on_stock()
+    .told(AS_DEVICE),
+    Case::new(
+        "path-ext4",
+        "machines in files on ext4 with DAX: kexec, death of a VMM, kernel gone",
+        2048,
+        480,
+    )
+    .with_disk()
+    .on_stock()
+    .told(AS_DISK),
+    Case::new("path-twenty", "a machine in a file through twenty of Debian's kernels", 2048, 1500)
+        .with_disk()
+        .on_stock()
+        .told(AS_DISK),
     Case::new("stock-devdax", "memory of a DAX device lives through two of Debian's kernels", 2048, 240)
         .on_stock()
         .told(AS_DEVICE),
