@@ -37,6 +37,7 @@ pub(crate) enum Command {
     Stop(Stop),
     Service(Service),
     Console(Console),
+    Setup(crate::setup::arguments::Setup),
     Check(Check),
     Inspect(Inspect),
     Completions(Completions),

@@ -28,6 +28,7 @@ mod recover;
 mod report;
 mod resume;
 mod service;
+mod setup;
 mod size;
 mod table;
 mod time;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         cli::Command::Stop(arguments) => verbs::stop(&arguments),
         cli::Command::Service(arguments) => service::service(&arguments),
         cli::Command::Console(arguments) => console::console(&arguments),
+        cli::Command::Setup(arguments) => setup::setup(&arguments),
         cli::Command::Check(arguments) => check::check(&arguments),
         cli::Command::Inspect(arguments) => inspect::inspect(&arguments),
         cli::Command::Completions(arguments) => pages::completions(&arguments),

@@ -77,6 +77,11 @@ pub(super) fn findings(sight: &Sight<'_>) -> Vec<Finding> {
     all
 }
 
+/// Where there is none, and reserved memory.
+pub(super) fn not_needed(_: &Sight<'_>) -> Vec<Finding> {
+    vec![Id::DeviceOpen.ok(format!("there is no {PATH}: only machines in reserved memory can be carried"))]
+}
+
 fn opened(sight: &Sight<'_>) -> Finding {
     let id = Id::DeviceOpen;
     let error = match &sight.device {

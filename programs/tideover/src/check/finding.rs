@@ -36,6 +36,8 @@ pub(crate) enum Topic {
     Scratch,
     /// Booting another kernel.
     Kexec,
+    /// Memory that kernels leave alone.
+    Reserved,
     /// The kernel that is to be booted.
     NextKernel,
     /// The host's memory.
@@ -52,6 +54,7 @@ impl Topic {
             Self::Device => "live update device",
             Self::Scratch => "scratch memory",
             Self::Kexec => "kexec",
+            Self::Reserved => "reserved memory",
             Self::NextKernel => "next kernel",
             Self::Memory => "memory",
             Self::Machine => "machine",
@@ -98,6 +101,10 @@ ids! {
     KexecCall: Kexec, "kexec_file_load";
     KexecLoaded: Kexec, "loaded image";
     Lockdown: Kexec, "lockdown";
+    ReservedMemory: Reserved, "set aside";
+    ReservedDevice: Reserved, "device";
+    ReservedKexec: Reserved, "kexec_load";
+    ReservedNext: Reserved, "next command line";
     NextImage: NextKernel, "image";
     NextVersion: NextKernel, "version";
     NextFormats: NextKernel, "formats";

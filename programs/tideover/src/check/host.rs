@@ -45,34 +45,51 @@ impl Host {
         Self { root: root.canonicalize().unwrap(), calls }
     }
 
+    /// One below a folder, whose calls are nevertheless those of this one.
+    #[cfg(test)]
+    pub(crate) fn below(root: &Path) -> Self {
+        Self::made(root, Box::new(Live))
+    }
+
     /// Where a file is that has this absolute path on the host.
-    pub(super) fn path(&self, path: impl AsRef<Path>) -> PathBuf {
+    pub(crate) fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
         self.root.join(path.strip_prefix("/").unwrap_or(path))
     }
 
     /// The path on the host of what is here, all links followed.
-    pub(super) fn real(&self, path: &Path) -> Option<PathBuf> {
+    pub(crate) fn real(&self, path: &Path) -> Option<PathBuf> {
         let real = self.path(path).canonicalize().ok()?;
         Some(Path::new("/").join(real.strip_prefix(&self.root).ok()?))
     }
 
-    pub(super) fn exists(&self, path: &str) -> bool {
+    pub(crate) fn exists(&self, path: &str) -> bool {
         self.path(path).exists()
     }
 
     /// A file's text, without the white space around it.
-    pub(super) fn text(&self, path: impl AsRef<Path>) -> Option<String> {
+    pub(crate) fn text(&self, path: impl AsRef<Path>) -> Option<String> {
         let bytes = self.bytes(path)?;
         Some(String::from_utf8_lossy(&bytes).trim().to_owned())
     }
 
-    pub(super) fn bytes(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
+    /// A file's text as it is, with the white space that its first line begins with.
+    pub(crate) fn lines(&self, path: impl AsRef<Path>) -> Option<String> {
+        Some(String::from_utf8_lossy(&self.bytes(path)?).into_owned())
+    }
+
+    pub(crate) fn bytes(&self, path: impl AsRef<Path>) -> Option<Vec<u8>> {
         read(File::open(self.path(path)).ok()?)
     }
 
-    pub(super) fn number(&self, path: impl AsRef<Path>) -> Option<i64> {
+    pub(crate) fn number(&self, path: impl AsRef<Path>) -> Option<i64> {
         self.text(path)?.parse().ok()
+    }
+
+    /// What is in a folder, by name.
+    pub(crate) fn names(&self, folder: &str) -> Vec<String> {
+        let all = entries(&self.path(folder)).into_iter();
+        all.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect()
     }
 
     /// The kernel's log, record by record, as far as it goes now; `None` if this process may not read it.
@@ -92,7 +109,7 @@ impl Host {
     }
 
     /// What the processes have open, as far as this process may know.
-    pub(super) fn open_files(&self) -> Vec<OpenFile> {
+    pub(crate) fn open_files(&self) -> Vec<OpenFile> {
         let processes = entries(&self.path("/proc")).into_iter().filter_map(|process| {
             let pid: u32 = process.file_name()?.to_str()?.parse().ok()?;
             Some((pid, process))
@@ -101,14 +118,14 @@ impl Host {
     }
 
     /// What a process has open; `None` if this one may not know.
-    pub(super) fn open_files_of(&self, pid: u32) -> Option<Vec<OpenFile>> {
+    pub(crate) fn open_files_of(&self, pid: u32) -> Option<Vec<OpenFile>> {
         let process = self.path(format!("/proc/{pid}"));
         fs::read_dir(process.join("fd")).ok()?;
         Some(open_files(pid, &process))
     }
 
     /// What a process is called.
-    pub(super) fn process_name(&self, pid: u32) -> String {
+    pub(crate) fn process_name(&self, pid: u32) -> String {
         let name = self.text(format!("/proc/{pid}/comm"));
         name.unwrap_or_else(|| "?".to_owned()).escape_debug().to_string()
     }
@@ -122,12 +139,12 @@ fn read(file: File) -> Option<Vec<u8>> {
 
 /// A file that a process has open.
 #[derive(Debug)]
-pub(super) struct OpenFile {
-    pub(super) pid: u32,
+pub(crate) struct OpenFile {
+    pub(crate) pid: u32,
     /// Leads to the file itself.
-    pub(super) link: PathBuf,
+    pub(crate) link: PathBuf,
     /// What the kernel calls it.
-    pub(super) name: String,
+    pub(crate) name: String,
 }
 
 fn open_files(pid: u32, process: &Path) -> Vec<OpenFile> {

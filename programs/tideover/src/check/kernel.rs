@@ -44,13 +44,13 @@ impl fmt::Display for Release {
 }
 
 /// The running kernel's release, as `uname -r` gives it.
-pub(super) fn release_text(host: &Host) -> Option<String> {
+pub(crate) fn release_text(host: &Host) -> Option<String> {
     host.text("/proc/sys/kernel/osrelease")
 }
 
 /// What an option of a kernel's configuration is set to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Choice {
+pub(crate) enum Choice {
     /// Built in, or a module.
     Yes,
     No,
@@ -60,7 +60,7 @@ pub(super) enum Choice {
 
 /// How a kernel was built.
 #[derive(Debug, Clone)]
-pub(super) struct Config {
+pub(crate) struct Config {
     text: String,
     /// Where that is said.
     pub(super) source: String,
@@ -78,7 +78,7 @@ impl Config {
         Some(Self::new(text, source))
     }
 
-    pub(super) fn of_host(host: &Host) -> Option<Self> {
+    pub(crate) fn of_host(host: &Host) -> Option<Self> {
         let built_in = "/proc/config.gz";
         host.bytes(built_in)
             .and_then(|packed| Self::unpack(&packed, built_in.to_owned()))
@@ -101,7 +101,7 @@ impl Config {
     }
 
     /// What an option is set to; its name is given without `CONFIG_`.
-    pub(super) fn get(&self, option: &str) -> Choice {
+    pub(crate) fn get(&self, option: &str) -> Choice {
         for line in self.text.lines() {
             let set = line.strip_prefix("CONFIG_").and_then(|line| line.strip_prefix(option));
             match set {
@@ -177,11 +177,24 @@ impl CommandLine {
         &self.0
     }
 
+    fn words(&self) -> impl Iterator<Item = &str> {
+        // What follows is for the first process.
+        self.0.split_whitespace().take_while(|word| *word != "--")
+    }
+
+    /// Whether this parameter, which has no value, is there.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.words().any(|word| word == name)
+    }
+
+    /// All values of a parameter.
+    pub(super) fn values(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.words().filter_map(move |word| word.strip_prefix(name)?.strip_prefix('='))
+    }
+
     /// The last value of a parameter: the kernel goes by that.
     pub(super) fn value(&self, name: &str) -> Option<&str> {
-        // What follows is for the first process.
-        let words = self.0.split_whitespace().take_while(|word| *word != "--");
-        words.filter_map(|word| word.strip_prefix(name)?.strip_prefix('=')).last()
+        self.values(name).last()
     }
 
     /// The same, as the kernel reads what can be on or off.
@@ -227,6 +240,12 @@ impl Log {
 
 pub(super) fn findings(sight: &Sight<'_>) -> Vec<Finding> {
     vec![version(sight), configuration(sight), command_line(sight), clock(sight)]
+}
+
+/// What has to be known whatever carries machines.
+pub(super) fn of_any_way(sight: &Sight<'_>) -> Vec<Finding> {
+    let text = release_text(sight.host).unwrap_or_default();
+    vec![Id::KernelVersion.ok(format!("Linux {}", text.escape_debug())), clock(sight)]
 }
 
 fn version(sight: &Sight<'_>) -> Finding {

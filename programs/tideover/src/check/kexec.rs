@@ -17,6 +17,14 @@ pub(super) fn findings(sight: &Sight<'_>) -> Vec<Finding> {
     all
 }
 
+/// What has to be known whatever carries machines.
+pub(super) fn of_any_way(sight: &Sight<'_>) -> Vec<Finding> {
+    let mut all = vec![rights(sight)];
+    all.extend(loaded(sight));
+    all.push(lockdown(sight));
+    all
+}
+
 /// Whether this process may boot a kernel; `None` if it is not known.
 fn may_boot(sight: &Sight<'_>) -> Option<bool> {
     let status = sight.host.text("/proc/self/status")?;
@@ -59,7 +67,7 @@ fn rights(sight: &Sight<'_>) -> Finding {
 }
 
 /// Not asked where asking counts, or nothing can be learnt.
-fn call(sight: &Sight<'_>) -> Finding {
+pub(super) fn call(sight: &Sight<'_>) -> Finding {
     let id = Id::KexecCall;
     let absent = || {
         id.failure(

@@ -130,9 +130,23 @@ impl<'a> Machine<'a> {
     }
 
     fn findings(&self, sight: &Sight<'_>) -> Vec<Finding> {
-        if self.status.store == Store::Path {
-            return vec![self.answers(), self.goes(), self.guest(), self.store(sight)];
-        }
+        let mut all = match self.status.store {
+            Store::Path => vec![self.answers(), self.goes(), self.guest(), self.store(sight)],
+            _ if sight.only_reserved() => vec![self.answers(), self.guest(), ends()],
+            _ => self.by_the_device(sight),
+        };
+        let devices = &self.status.devices;
+        all.extend(devices.iter().filter_map(|device| match device.kind {
+            DeviceKind::Disk => Some(self.disk(device)),
+            DeviceKind::Net => Some(tap(device)),
+            DeviceKind::Serial | DeviceKind::Power => None,
+        }));
+        all.extend(self.consoles());
+        all
+    }
+
+    /// What it takes to be carried by /dev/liveupdate.
+    fn by_the_device(&self, sight: &Sight<'_>) -> Vec<Finding> {
         let mut all = vec![self.answers(), self.goes(), self.name()];
         all.extend(self.session(sight));
         all.extend([self.guest(), self.store(sight)]);
@@ -141,13 +155,6 @@ impl<'a> Machine<'a> {
             all.extend([self.pages(), self.holes()]);
             all.extend(self.cgroup());
         }
-        let devices = &self.status.devices;
-        all.extend(devices.iter().filter_map(|device| match device.kind {
-            DeviceKind::Disk => Some(self.disk(device)),
-            DeviceKind::Net => Some(tap(device)),
-            DeviceKind::Serial | DeviceKind::Power => None,
-        }));
-        all.extend(self.consoles());
         all
     }
 
@@ -386,6 +393,14 @@ impl<'a> Machine<'a> {
     }
 }
 
+/// Of a machine that lies where the kernel's memory is, on a host that carries none of that.
+fn ends() -> Finding {
+    Id::MachineStore.failure(
+        "not in reserved memory, and there is no /dev/liveupdate: it ends with this kernel",
+        "stop it before the kexec, and run it in reserved memory (run --path)",
+    )
+}
+
 fn tap(device: &DeviceStatus) -> Finding {
     let tap = device.backend.as_deref().unwrap_or_default().escape_debug();
     Id::MachineTap.warning(
@@ -425,7 +440,7 @@ fn mounts(host: &Host) -> Vec<(PathBuf, String)> {
 }
 
 /// A path as it is, without the octal numbers that stand for white space.
-fn plain(path: &str) -> String {
+pub(crate) fn plain(path: &str) -> String {
     let letters = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
     letters.into_iter().fold(path.to_owned(), |path, (number, letter)| path.replace(number, letter))
 }

@@ -32,7 +32,7 @@ fn memfd_noexec(sight: &Sight<'_>) -> Finding {
 }
 
 /// A size for people.
-pub(super) fn amount(bytes: u64) -> String {
+pub(crate) fn amount(bytes: u64) -> String {
     let (unit, name) = match bytes {
         0..1_048_576 => (1 << 10, "KiB"),
         1_048_576..1_073_741_824 => (1 << 20, "MiB"),

@@ -1,4 +1,5 @@
-//! `tideover check`: can this host carry its machines through a kexec by Linux's `/dev/liveupdate`?
+//! `tideover check`: can this host carry its machines through a kexec, by Linux's `/dev/liveupdate` or in memory that kernels leave
+//! alone?
 //!
 //! A list of probes, each of which looks at one thing of the host ([`Host`]) and tells what it found, how bad that is and what to do
 //! ([`Finding`]). Nothing that is found out here is certain to hold a moment later; it is said before it costs a machine.
@@ -13,6 +14,7 @@ mod live;
 mod machine;
 mod memory;
 mod next;
+mod reserved;
 mod scratch;
 mod show;
 #[cfg(test)]
@@ -23,16 +25,21 @@ use std::path::PathBuf;
 pub(crate) use finding::Finding;
 pub(crate) use finding::Level;
 pub(crate) use host::Host;
+pub(crate) use kernel::Choice;
+pub(crate) use kernel::Config;
+pub(crate) use kernel::release_text;
+pub(crate) use machine::plain;
+pub(crate) use memory::amount;
 pub(crate) use show::check;
+pub(crate) use show::reserved_memory;
 
 use device::Device;
 use host::OpenFile;
 use image::Image;
-use kernel::Choice;
 use kernel::CommandLine;
-use kernel::Config;
 use kernel::Log;
 use kernel::Release;
+use reserved::Reserved;
 use scratch::Scratch;
 
 /// What is to be carried, and where.
@@ -61,6 +68,7 @@ struct Sight<'a> {
     /// What the host's processes have open, as far as this one may know.
     files: Vec<OpenFile>,
     scratch: Scratch,
+    reserved: Reserved,
     /// The next kernel, or why its image is none.
     next: Option<Result<Image, String>>,
 }
@@ -73,18 +81,37 @@ impl<'a> Sight<'a> {
         let (release, config) = (Release::of_host(host), Config::of_host(host));
         let can_hand_over = config.as_ref().is_none_or(|config| config.get("KEXEC_HANDOVER") == Choice::Yes);
         let scratch = Scratch::of_host(host, &told, &log, can_hand_over);
-        Self { host, subject, release, config, told, log, device, files: host.open_files(), scratch, next }
+        let (reserved, files) = (Reserved::of_host(host, &told), host.open_files());
+        Self { host, subject, release, config, told, log, device, files, scratch, reserved, next }
+    }
+
+    /// Whether reserved memory is the one way there is.
+    fn only_reserved(&self) -> bool {
+        !self.device.is_there() && self.reserved.is_usable()
     }
 }
 
+type Probe = fn(&Sight<'_>) -> Vec<Finding>;
+
 /// In the order in which they are shown.
-const PROBES: [fn(&Sight<'_>) -> Vec<Finding>; 7] = [
+const PROBES: [Probe; 8] = [
     kernel::findings,
     device::findings,
     scratch::findings,
     kexec::findings,
+    reserved::findings,
     next::findings,
     memory::findings,
+    machine::findings,
+];
+
+/// The same where reserved memory is the one way: what only `/dev/liveupdate` takes is not asked for.
+const RESERVED_PROBES: [Probe; 6] = [
+    kernel::of_any_way,
+    device::not_needed,
+    kexec::of_any_way,
+    reserved::findings,
+    next::of_any_way,
     machine::findings,
 ];
 
@@ -94,7 +121,8 @@ const PROBES: [fn(&Sight<'_>) -> Vec<Finding>; 7] = [
 /// boot has the kernel read what the one before left, and whoever brings a handler has to be there then.
 pub(crate) fn run(host: &Host, subject: &Subject) -> Vec<Finding> {
     let sight = Sight::look(host, subject);
-    PROBES.iter().flat_map(|probe| probe(&sight)).collect()
+    let probes: &[Probe] = if sight.only_reserved() { &RESERVED_PROBES } else { &PROBES };
+    probes.iter().flat_map(|probe| probe(&sight)).collect()
 }
 
 /// How bad the worst of them is.

@@ -23,13 +23,9 @@ const ROOM_BYTES: u64 = 16 << 20;
 const PAGE: u64 = 4096;
 
 pub(super) fn findings(sight: &Sight<'_>) -> Vec<Finding> {
-    let image = match &sight.next {
-        None => return Vec::new(),
-        Some(Ok(image)) => image,
-        Some(Err(error)) => {
-            let advice = "give a bzImage of a kernel for x86-64, built with CONFIG_RELOCATABLE";
-            return vec![Id::NextImage.failure(error.escape_debug().to_string(), advice)];
-        }
+    let image = match image(sight) {
+        Ok(image) => image,
+        Err(all) => return all,
     };
     let config = config(sight, image);
     vec![
@@ -40,6 +36,32 @@ pub(super) fn findings(sight: &Sight<'_>) -> Vec<Finding> {
         command_line(sight, image, config.as_ref()),
         fits(sight, image),
     ]
+}
+
+/// What has to be known whatever carries machines.
+pub(super) fn of_any_way(sight: &Sight<'_>) -> Vec<Finding> {
+    let image = match image(sight) {
+        Ok(image) => image,
+        Err(all) => return all,
+    };
+    let (line, whose) = line(sight);
+    let id = Id::NextCommandLine;
+    vec![
+        loadable(image),
+        too_long(image, &line, whose).unwrap_or_else(|| id.ok(format!("is short enough{whose}"))),
+    ]
+}
+
+/// The next kernel's image, or what is to be said where there is none.
+fn image<'a>(sight: &'a Sight<'_>) -> Result<&'a Image, Vec<Finding>> {
+    match &sight.next {
+        None => Err(Vec::new()),
+        Some(Ok(image)) => Ok(image),
+        Some(Err(error)) => {
+            let advice = "give a bzImage of a kernel for x86-64, built with CONFIG_RELOCATABLE";
+            Err(vec![Id::NextImage.failure(error.escape_debug().to_string(), advice)])
+        }
+    }
 }
 
 /// What kexec_file_load asks of an image, beside what was looked at when it was read.
@@ -192,15 +214,25 @@ fn configuration(image: &Image, config: Option<&Config>) -> Finding {
     }
 }
 
-fn command_line(sight: &Sight<'_>, image: &Image, config: Option<&Config>) -> Finding {
-    let id = Id::NextCommandLine;
-    let (line, whose) = match &sight.subject.command_line {
+/// What the next kernel is to be told, and whose line that is.
+fn line(sight: &Sight<'_>) -> (CommandLine, &'static str) {
+    match &sight.subject.command_line {
         Some(text) => (CommandLine::new(text), ""),
         None => (sight.told.clone(), " (it is the running kernel's: no other is given)"),
-    };
+    }
+}
+
+fn too_long(image: &Image, line: &CommandLine, whose: &str) -> Option<Finding> {
     let (have, most) = (line.text().len() as u64, image.description.command_line_bytes);
-    if have > most {
-        return id.failure(format!("{have} bytes, and the kernel takes {most}{whose}"), "make it shorter");
+    let found = || format!("{have} bytes, and the kernel takes {most}{whose}");
+    (have > most).then(|| Id::NextCommandLine.failure(found(), "make it shorter"))
+}
+
+fn command_line(sight: &Sight<'_>, image: &Image, config: Option<&Config>) -> Finding {
+    let id = Id::NextCommandLine;
+    let (line, whose) = line(sight);
+    if let Some(finding) = too_long(image, &line, whose) {
+        return finding;
     }
     let (missing, perhaps) = line.missing(config);
     if !missing.is_empty() {

@@ -10,7 +10,11 @@ use super::Finding;
 use super::Host;
 use super::Level;
 use super::Subject;
+use super::finding::Id;
 use super::finding::Topic;
+use super::kernel::CommandLine;
+use super::reserved;
+use super::reserved::Reserved;
 use crate::cli;
 
 /// What is written as JSON; its schema is docs/check.schema.json.
@@ -37,8 +41,49 @@ pub(crate) fn check(arguments: &cli::Check) -> anyhow::Result<ExitCode> {
     Ok(if verdict == Level::Failure { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// Looks at reserved memory alone.
+pub(crate) fn reserved_memory(host: &Host, json: bool) -> anyhow::Result<ExitCode> {
+    let reserved = Reserved::of_host(host, &CommandLine::of_host(host));
+    let findings = reserved::look(&reserved, &host.open_files());
+    let verdict = super::worst(&findings);
+    let text = match json {
+        true => serde_json::to_string_pretty(&Report { verdict, findings: &findings })? + "\n",
+        false => table(&findings) + &format!("{}\n", ready(verdict)),
+    };
+    std::io::stdout().write_all(text.as_bytes()).context("cannot write the result")?;
+    Ok(if verdict == Level::Failure { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn ready(verdict: Level) -> &'static str {
+    match verdict {
+        Level::Ok => "ready for machines",
+        Level::Warning => "ready for machines when that is done",
+        Level::Failure => "NOT ready for machines",
+    }
+}
+
 /// For people: by topic, the machines one by one.
 fn show(findings: &[Finding], next: bool) -> String {
+    let mut text = table(findings);
+    if !next {
+        text += &format!("{}\n  not looked at: --kernel IMAGE has it looked at\n", Topic::NextKernel.name());
+    }
+    text + &verdict(findings) + other_way(findings)
+}
+
+/// What a host can do that has no way.
+fn other_way(findings: &[Finding]) -> &'static str {
+    let none = |finding: &Finding| finding.id == Id::ReservedMemory && finding.level == Level::Warning;
+    let refused = |finding: &Finding| finding.id == Id::DeviceOpen && finding.level == Level::Failure;
+    match findings.iter().any(none) && findings.iter().any(refused) {
+        true => {
+            "another way, by any kernel: memory that kernels leave alone, `tideover setup reserve` (docs/reserved.md)\n"
+        }
+        false => "",
+    }
+}
+
+fn table(findings: &[Finding]) -> String {
     let width = findings.iter().map(|finding| finding.title.len()).max().unwrap_or_default();
     let (mut text, mut heading) = (String::new(), None);
     for finding in findings {
@@ -55,10 +100,7 @@ fn show(findings: &[Finding], next: bool) -> String {
             text += &format!("  {:<7}  {:<width$}  -> {advice}\n", "", "");
         }
     }
-    if !next {
-        text += &format!("{}\n  not looked at: --kernel IMAGE has it looked at\n", Topic::NextKernel.name());
-    }
-    text + &verdict(findings)
+    text
 }
 
 fn verdict(findings: &[Finding]) -> String {
@@ -78,7 +120,6 @@ fn verdict(findings: &[Finding]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::finding::Id;
     use super::*;
 
     #[test]
@@ -103,6 +144,18 @@ CANNOT be carried through a kexec: 1 failure, 1 warning
 ";
         assert_eq!(show(&findings, true), wanted);
         assert!(show(&findings, false).contains("next kernel\n  not looked at"));
+    }
+
+    #[test]
+    fn a_host_that_has_no_way_is_told_of_the_other_one() {
+        let none = || Id::ReservedMemory.warning("none", "");
+        let shown = show(&[Id::DeviceOpen.failure("", ""), none()], true);
+        assert!(
+            shown.contains("CANNOT") && shown.ends_with("`tideover setup reserve` (docs/reserved.md)\n"),
+            "{shown}"
+        );
+        assert!(!show(&[Id::DeviceOpen.failure("", "")], true).contains("setup reserve"));
+        assert!(!show(&[none()], true).contains("setup reserve"));
     }
 
     #[test]

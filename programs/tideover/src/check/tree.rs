@@ -225,8 +225,12 @@ impl Tree {
         self.subject.kernel = Some(self.path("/next"));
     }
 
+    pub(super) fn host(&self) -> Host {
+        Host::made(&self.root, Box::new(self.answers.clone()))
+    }
+
     pub(super) fn run(&self) -> Vec<Finding> {
-        super::run(&Host::made(&self.root, Box::new(self.answers.clone())), &self.subject)
+        super::run(&self.host(), &self.subject)
     }
 
     /// The finding, of which there is to be one at most.

@@ -14,6 +14,7 @@ mod host;
 mod kept;
 mod kernel;
 mod reported;
+mod reserve;
 #[path = "../schema/mod.rs"]
 mod schema;
 mod service;
