@@ -227,11 +227,13 @@ fn block_device(pmem: &Pmem, files: &[OpenFile]) -> Finding {
     match files.iter().any(|file| lies_in(file, mount)) {
         true => id.failure(
             format!("{found}; files there are in use"),
-            format!("stop who uses them, and mount it anew: mount -o dax=always {name} {at}"),
+            format!("stop who uses them, and mount it anew: umount {at} && mount -o dax=always {name} {at}"),
         ),
         false => id.warning(
             found,
-            format!("mount it anew before machines are put there: mount -o dax=always {name} {at}"),
+            format!(
+                "mount it anew before machines are put there: umount {at} && mount -o dax=always {name} {at}"
+            ),
         ),
     }
 }
@@ -244,7 +246,7 @@ fn character_device(reserved: &Reserved, dax: &Dax) -> Finding {
             return id.failure(
                 format!("{name} has the driver kmem: the kernel may use it as memory of its own"),
                 format!(
-                    "tideover setup format {name} --yes, and boot with modprobe.blacklist=kmem from now on"
+                    "boot with modprobe.blacklist=kmem; while the kernel uses none of it, `tideover setup format {name} --yes` gets it back"
                 ),
             );
         }
@@ -473,7 +475,7 @@ mod tests {
     fn a_file_system_has_to_be_mapped_directly() {
         pmem("rw,dax=always").finds(Id::ReservedDevice, Level::Ok, "/dev/pmem0: ext4 at /m, mapped directly");
         let cached = pmem("rw");
-        cached.finds(Id::ReservedDevice, Level::Warning, "mount -o dax=always /dev/pmem0 /m");
+        cached.finds(Id::ReservedDevice, Level::Warning, "umount /m && mount -o dax=always /dev/pmem0 /m");
         // The folder alone is no file of a machine's.
         cached.opens(PID, 7, "/m");
         cached.finds(Id::ReservedDevice, Level::Warning, "page cache");
