@@ -49,8 +49,6 @@ const STILL: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(5);
 /// What the next kernel has to be told, to find what this one leaves.
 const LIVEUPDATE: &str = "liveupdate=on";
-/// How a kernel is told to leave memory alone.
-const RESERVES: &str = "memmap=";
 
 pub(crate) fn kexec(arguments: &cli::Kexec) -> anyhow::Result<ExitCode> {
     let machines = chosen(arguments)?;
@@ -173,13 +171,12 @@ fn command_line(arguments: &cli::Kexec, machines: &[Goer]) -> anyhow::Result<Str
 
 /// Refuses a next kernel that would use the memory that machines lie in: the firmware, which it asks, does not know that it is reserved.
 fn check_reserved(own: &str, next: &[&str]) -> anyhow::Result<()> {
-    let reserved = own.split_whitespace().filter(|word| word.starts_with(RESERVES));
-    let missing: Vec<&str> = reserved.filter(|word| !next.contains(word)).collect();
+    let finding = check::next_line(own, &next.join(" "));
     ensure!(
-        missing.is_empty(),
-        "the next kernel's command line lacks {}, by which this one was kept from the memory that machines lie in: it would use that for \
-         itself; --append it",
-        missing.join(" ")
+        finding.level != Level::Failure,
+        "machines lie in memory that kernels leave alone, and the next kernel's command line {}: {}",
+        finding.found,
+        finding.advice.unwrap_or_default()
     );
     Ok(())
 }
@@ -414,6 +411,16 @@ impl Rehearsed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_next_kernel_that_would_use_the_machines_memory_is_refused() {
+        let own = "quiet memmap=1G!4G";
+        assert!(check_reserved(own, &["memmap=1024M!0x100000000"]).is_ok());
+        let error = check_reserved(own, &["quiet"]).unwrap_err().to_string();
+        assert!(error.contains("lacks memmap=1G!4G") && error.ends_with("add memmap=1G!4G"), "{error}");
+        assert!(check_reserved(own, &["memmap=1G!4G", "memmap=1G@4G"]).is_err());
+        assert!(check_reserved("quiet", &[]).is_ok());
+    }
 
     #[test]
     fn the_switch_is_read_as_the_kernel_reads_it() {

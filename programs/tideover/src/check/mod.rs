@@ -30,6 +30,7 @@ pub(crate) use kernel::Config;
 pub(crate) use kernel::release_text;
 pub(crate) use machine::plain;
 pub(crate) use memory::amount;
+pub(crate) use reserved::next_line;
 pub(crate) use show::check;
 pub(crate) use show::reserved_memory;
 

@@ -10,7 +10,6 @@ use super::host::Host;
 use super::host::OpenFile;
 use super::kernel::CommandLine;
 use super::kexec;
-use crate::setup::devices;
 use crate::setup::devices::Dax;
 use crate::setup::devices::Mount;
 use crate::setup::devices::Pmem;
@@ -44,8 +43,7 @@ pub(super) struct Reserved {
 
 impl Reserved {
     pub(super) fn of_host(host: &Host, line: &CommandLine) -> Self {
-        let barred =
-            line.values("modprobe.blacklist").any(|value| value.split(',').any(|name| name == "kmem"));
+        let barred = bars_kmem(line);
         let kmem = match Modules::of_host(host).have(modules::KMEM) {
             Have::BuiltIn => true,
             Have::Missing => false,
@@ -76,24 +74,11 @@ impl Reserved {
         let direct = self.pmem.iter().flat_map(|pmem| &pmem.mounts).any(|mount| mount.dax);
         direct || self.dax.iter().any(|dax| dax.driver.as_deref() == Some("device_dax"))
     }
-
-    /// Which of these files lies there, and is mapped directly.
-    pub(super) fn home<'a>(&self, files: &'a [OpenFile]) -> Option<&'a str> {
-        let file = files.iter().find(|file| {
-            let in_mount = |mount: &Mount| mount.dax && lies_in(file, mount);
-            self.pmem.iter().flat_map(|pmem| &pmem.mounts).any(in_mount) || is_device(file, devices::is_dax)
-        });
-        file.map(|file| file.name.as_str())
-    }
 }
 
 fn lies_in(file: &OpenFile, mount: &Mount) -> bool {
     let path = Path::new(&file.name);
     path != mount.at && path.starts_with(&mount.at)
-}
-
-fn is_device(file: &OpenFile, is_one: fn(&str) -> bool) -> bool {
-    file.name.strip_prefix("/dev/").is_some_and(is_one)
 }
 
 pub(super) fn findings(sight: &Sight<'_>) -> Vec<Finding> {
@@ -304,47 +289,70 @@ fn call(sight: &Sight<'_>) -> Option<Finding> {
 
 /// Whether the next kernel leaves the same memory alone.
 fn next(sight: &Sight<'_>) -> Option<Finding> {
-    let id = Id::ReservedNext;
     sight.subject.kernel.as_ref()?;
-    let reserved = &sight.reserved;
-    reserved.aside().next()?;
-    let Some(line) = &sight.subject.command_line else {
-        return Some(id.ok("sets the same memory aside (it is the running kernel's: no other is given)"));
+    sight.reserved.aside().next()?;
+    let Some(next) = &sight.subject.command_line else {
+        let found = "sets the same memory aside (it is the running kernel's: no other is given)";
+        return Some(Id::ReservedNext.ok(found));
     };
-    let line = CommandLine::new(line);
-    let there = memmap::told(line.text());
-    if there.iter().any(Item::kernel_may_lie_there) && !line.has("nokaslr") {
-        let found = "lacks nokaslr: the kernel may put itself into the memory";
-        return Some(id.failure(found, "add nokaslr"));
+    Some(next_line(sight.told.text(), next))
+}
+
+/// Whether a kernel that is told `next` leaves the memory alone that this one was told to, by `own`.
+pub(crate) fn next_line(own: &str, next: &str) -> Finding {
+    let id = Id::ReservedNext;
+    let (here, there) = (memmap::told(own), memmap::told(next));
+    let (own, next) = (CommandLine::new(own), CommandLine::new(next));
+    match memmap::compare(&here, &there) {
+        Difference::Lost(items) => {
+            let items = items.join(" ");
+            let found = format!(
+                "lacks {items}: the kernel would use that memory as its own, and all that is in it would be lost"
+            );
+            return id.failure(found, format!("add {items}"));
+        }
+        Difference::Overruled(items) => {
+            let found = format!("says {}, which is about memory that is set aside here", items.join(" "));
+            return id.failure(found, "leave that out");
+        }
+        Difference::Other(_) | Difference::None => {}
     }
-    Some(match memmap::compare(&reserved.told, &there) {
-        Difference::None => id.ok("sets the same memory aside"),
-        Difference::Lost(items) => id.failure(
-            format!(
-                "lacks {}: the kernel would use that memory as its own, and all that is in it would be lost",
-                items.join(" ")
-            ),
-            format!("add {}", items.join(" ")),
-        ),
-        Difference::Overruled(items) => id.failure(
-            format!("says {}, which is about memory that is set aside here", items.join(" ")),
-            "leave that out",
-        ),
+    if there.iter().any(Item::kernel_may_lie_there) && !next.has("nokaslr") {
+        return id.failure("lacks nokaslr: the kernel may put itself into the memory", "add nokaslr");
+    }
+    let gives_dax = here.iter().any(|item| item.given_as() == Some(GivenAs::Dax));
+    if gives_dax && bars_kmem(&own) && !bars_kmem(&next) {
+        let found =
+            "lacks modprobe.blacklist=kmem: the kernel may make the memory its own when its device comes up";
+        return id.failure(found, "add modprobe.blacklist=kmem");
+    }
+    match memmap::compare(&here, &there) {
         Difference::Other(items) => id.warning(
             format!("sets the same memory aside, and differs in {}", items.join(" ")),
             "see that this is meant",
         ),
-    })
+        _ => id.ok("sets the same memory aside"),
+    }
+}
+
+/// Whether kmem is not loaded by itself.
+fn bars_kmem(line: &CommandLine) -> bool {
+    line.values("modprobe.blacklist").any(|value| value.split(',').any(|name| name == "kmem"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use ::liveupdate::OpenError;
     use ::liveupdate::kexec::LoadError;
+    use ::vmm::control::DeviceKind;
+    use ::vmm::control::Store;
 
     use super::super::device::Device;
     use super::super::tree::PID;
     use super::super::tree::Tree;
+    use super::super::tree::device;
     use super::super::tree::good_kernel;
     use super::super::tree::image;
     use super::*;
@@ -393,6 +401,13 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let permissions = std::fs::Permissions::from_mode(mode);
         std::fs::set_permissions(tree.path("/dev/dax0.0"), permissions).unwrap();
+    }
+
+    /// Has the machine lie there.
+    fn at_path(tree: &mut Tree, path: &str) {
+        let status = tree.status();
+        status.store = Store::Path;
+        status.path = Some(PathBuf::from(path));
     }
 
     fn absent() -> Device {
@@ -520,7 +535,20 @@ mod tests {
         find("liveupdate=on", Level::Failure, "lacks memmap=1G!4G: the kernel would use");
         find("memmap=1G!4G memmap=1G@4G", Level::Failure, "says memmap=1G@4G");
         find("memmap=1G!4G memmap=1G!5G", Level::Warning, "differs in memmap=1G!5G");
-        find("memmap=1G!4G memmap=8G%2G-1+0xefffffff", Level::Failure, "lacks nokaslr");
+    }
+
+    #[test]
+    fn the_next_kernel_has_to_keep_itself_and_kmem_out_too() {
+        let large = "memmap=8G%4G-1+0xefffffff modprobe.blacklist=kmem";
+        let says = |own: &str, next: &str| next_line(own, next);
+        assert_eq!(says(&format!("nokaslr {large}"), &format!("{large} nokaslr")).level, Level::Ok);
+        assert!(says(large, large).found.contains("lacks nokaslr"));
+        let without = DAX.replace(" modprobe.blacklist=kmem", "");
+        let finding = says(DAX, &without);
+        assert_eq!(finding.level, Level::Failure);
+        assert!(finding.found.contains("lacks modprobe.blacklist=kmem"), "{finding:?}");
+        assert_eq!(says(&without, &without).level, Level::Ok);
+        assert_eq!(says("quiet", "").level, Level::Ok);
     }
 
     #[test]
@@ -544,9 +572,9 @@ mod tests {
         tree.file("/proc/sys/kernel/osrelease", "6.12.1\n");
         tree.file("/boot/config-6.12.1", "CONFIG_KEXEC_FILE=y\nCONFIG_KVM=m\n");
         tree.finds(Id::MachineStore, Level::Failure, "not in reserved memory");
-        tree.opens(PID, 8, "/m/web1");
-        tree.finds(Id::MachineStore, Level::Ok, "in reserved memory: /m/web1");
-        assert_eq!(tree.find(Id::MachineThroughKexec), None);
+        at_path(&mut tree, "/m/web1");
+        tree.finds(Id::MachineStore, Level::Ok, "/m/web1: no kernel has to preserve it");
+        tree.finds(Id::MachineThroughKexec, Level::Ok, "/m/web1");
         let worst = super::super::worst(&tree.run());
         assert_eq!(worst, Level::Ok, "{:#?}", tree.run());
         tree.finds(Id::KernelVersion, Level::Ok, "6.12.1");
@@ -554,12 +582,16 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_there_goes_by_it_where_there_is_the_device_too() {
-        let tree = dax(DAX, "device_dax");
-        tree.opens(PID, 8, "/dev/dax0.0");
-        tree.finds(Id::MachineStore, Level::Ok, "in reserved memory: /dev/dax0.0");
+    fn a_machine_there_needs_nothing_of_the_device_where_there_is_one() {
+        let mut tree = dax(DAX, "device_dax");
+        at_path(&mut tree, "/dev/dax0.0");
+        let disk = tree.path("/disk").display().to_string();
+        tree.status().devices.push(device(DeviceKind::Disk, &disk));
+        tree.finds(Id::MachineStore, Level::Ok, "/dev/dax0.0");
         tree.finds(Id::KernelVersion, Level::Ok, "Linux 7.3.4");
         assert_eq!(tree.find(Id::MachineSeals), None);
+        // Its devices are opened again, as any machine's.
+        tree.finds(Id::MachineDisk, Level::Failure, "put the file back");
     }
 
     #[test]
