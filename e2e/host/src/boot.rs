@@ -35,9 +35,6 @@ const INITRD_BYTES: &str = "e2e.initrd=";
 const TSC_KHZ: &str = "tsc_early_khz=";
 const CONSTANT_TSC: &str = "setcpuid=constant_tsc";
 const KNOWN_TSC: &str = "setcpuid=constant_tsc,tsc_known_freq";
-/// The same to a kernel that knows no `setcpuid=`: there is no other clock that it could be measured by.
-const MEASURED_TSC: &str = "e2e.tsc=measured";
-const TOLD_TSC: &str = "hpet=disable pmtmr=0";
 
 /// One life of the host, as its kernel was told of it.
 pub(crate) struct Life {
@@ -92,7 +89,6 @@ impl Life {
         }
         let next = |word: &str| match word {
             CONSTANT_TSC => Ok(format!("{KNOWN_TSC} {TSC_KHZ}{}", tsc_khz()?)),
-            MEASURED_TSC => Ok(format!("{TOLD_TSC} {TSC_KHZ}{}", tsc_khz()?)),
             _ if word.starts_with(LIFE) => Ok(format!("{LIFE}{}", self.number + 1)),
             _ => Ok(word.to_owned()),
         };

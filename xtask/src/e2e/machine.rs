@@ -30,10 +30,10 @@ const TCG: &str = "tcg,tb-size=64";
 const TSC: &str = "tsc=reliable setcpuid=constant_tsc";
 /// What a kernel is told that has /dev/liveupdate.
 const BUILT: &str = "kho=on kho_scratch=32M,96M,32M liveupdate=on";
-/// One that Debian ships knows no `setcpuid=`. KVM is a module there, and goes by the rate that the kernel has measured until
-/// it is loaded; the next kernels are told that rate by the host's first process. It would write over all of the initial file
-/// system's memory to free it, which can take half a minute where it was the code of a kernel that is gone.
-const STOCK: &str = "tsc=reliable e2e.tsc=measured retain_initrd";
+/// One that Debian ships knows no `setcpuid=`. KVM is a module there, and goes by the rate that the kernel has measured until it is
+/// loaded, in each life anew: to a millionth or so it is the same. Such a kernel would write over all of the initial file system's
+/// memory to free it, which can take half a minute where it was the code of a kernel that is gone.
+const STOCK: &str = "tsc=reliable retain_initrd";
 
 /// What a host is to be.
 pub(crate) struct Host<'a> {
