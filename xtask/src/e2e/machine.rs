@@ -104,7 +104,20 @@ impl Host<'_> {
         command
             .args(["-accel", TCG, "-cpu", "max", "-smp", "2", "-m"])
             .arg(format!("{}M", self.memory_mib))
-            .args(["-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot", "-net", "none"])
+            // A kernel that sizes the graphics card's memory while another processor runs has ended QEMU 7.2.
+            .args([
+                "-vga",
+                "none",
+                "-display",
+                "none",
+                "-monitor",
+                "none",
+                "-serial",
+                "stdio",
+                "-no-reboot",
+                "-net",
+                "none",
+            ])
             .arg("-kernel")
             .arg(self.kernel)
             .args(["-append", &told])
