@@ -87,6 +87,7 @@ pub fn run_watched(
                 return Ok(());
             }
             if let Err(error) = vmm.confine() {
+                vmm.give_up_place();
                 vmm.clients.tell(Clients::MAKER, &Answer::Error(format!("{:#}", anyhow::Error::new(error))));
                 return Ok(());
             }

@@ -397,6 +397,8 @@ impl Holder {
                         }
                         Err(error) => why = format!("{error:#}"),
                     }
+                    // First: whoever hears that it is held may come at once.
+                    listening = self.listen();
                     tell(&channel, &Answer::Held(self.held(&why)));
                 }
                 Request::Stop => {

@@ -86,7 +86,7 @@ impl Ground {
         boot::mount_disk()?;
         match life.number {
             1 => {
-                self.machines.iter().try_for_each(|(name, path)| begin(name, path, "64MiB"))?;
+                self.machines.iter().try_for_each(|(name, path)| begin(name, path, memory(name)))?;
                 kexec::leave(life)
             }
             2 => {
@@ -128,6 +128,11 @@ impl Ground {
         }
         Ok(Then::End)
     }
+}
+
+/// The second one is larger: how long it stands still is not to depend on that.
+fn memory(name: &str) -> &'static str {
+    if name == "m1" { "64MiB" } else { "192MiB" }
 }
 
 fn begin(name: &str, path: &str, memory: &str) -> anyhow::Result<()> {
