@@ -15,7 +15,7 @@
 //!
 //! Any other file is refused: between it and a disk, or a raw `/dev/pmem`, is the page cache, which is lost with the kernel.
 //!
-//! Such a file cannot be sealed. Whoever could truncate it is its owner alone, and [`guard`](crate::guard) says what happened if somebody
+//! Such a file cannot be sealed. Whoever could truncate it is its owner alone, and [`guard`](crate::guard()) says what happened if somebody
 //! does. One process and whom it passes the descriptor to have it at a time: a lock of its description goes with that.
 
 use std::ffi::OsStr;
